@@ -1,0 +1,91 @@
+"""Concatenation, splitting, stacking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dissect import ledger
+from dissect.ledger import Axes, Axis
+from dissect.registry import converter
+from dissect.rewrite import Context, Refused, Value
+
+aten = torch.ops.aten
+
+
+def beside(value: Tensor, like: Tensor) -> Tensor:
+    """A constant with as many rows as ``like``."""
+    return value.expand(like.shape[0], *value.shape[1:])
+
+
+@converter(aten.cat.default)
+def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
+    values = [value for value in values if value.shape != (0,)]
+    rank = len(values[0].shape)
+    dim %= rank
+    moving = [value for value in values if not value.constant]
+    if any("T" in value.axes[dim].kinds for value in moving):
+        raise Refused("a concatenation along time")
+    if any("N" in value.axes[dim].kinds for value in moving):
+        raise Refused("a concatenation along the batch")
+    values, timing = ctx.align(values)
+    like = next(value for value in values if not value.constant)
+    axes = like.axes.replace(dim, ledger.plain_axis(sum(value.shape[dim] for value in values)))
+    base = like.axes.replace(dim, Axis())
+    at = like.axes.kept(dim)
+    if at is None:
+        raise Refused("a concatenation along an axis of its own")
+    whole = [value for value in values if not value.constant]
+    zeros = [value for value in values if value.constant and value.tensor is not None and not value.tensor.any() and value.name is None]
+    if len(whole) == 1 and len(zeros) == len(values) - 1:
+        before = sum(value.shape[dim] for value in values[: values.index(whole[0])])
+        after = sum(value.shape[dim] for value in values) - before - whole[0].shape[dim]
+        widths = [0, 0] * (len(axes.frame) - 1 - at) + [before, after]
+        fill = whole[0].clock.fill
+        return ctx.call(F.pad, (whole[0], widths), axes, timing.but(fill=fill, nonneg=whole[0].clock.nonneg), like.dtype)
+    parts = []
+    for value in values:
+        if value.constant:
+            value = ctx.conform(value, base.replace(dim, ledger.plain_axis(value.shape[dim])))
+            value = Value(ctx.graph.call_function(beside, (value.node, like.node)), value.axes, None, value.dtype)
+        parts.append(value.node)
+    nonneg = all(value.clock.nonneg for value in whole) and len(whole) == len(values)
+    fill = 0.0 if len(whole) == len(values) and all(value.clock.fill == 0.0 for value in whole) else None
+    return ctx.call(torch.cat, (parts, at + 1), axes, timing.but(nonneg=nonneg, fill=fill), ctx.node.meta["val"].dtype)
+
+
+@converter(aten.stack.default)
+def stack(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
+    from dissect.converters.shape import unsqueeze
+
+    dim %= len(values[0].shape) + 1
+    if any(value.constant for value in values):
+        raise Refused("a stack with a constant")
+    return cat(ctx, [unsqueeze(ctx, value, dim) for value in values], dim)
+
+
+@converter(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+def split(ctx: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+    dim %= len(x.axes)
+    if not x.axes[dim].plain:
+        raise Refused("splitting the time axis" if "T" in x.axes[dim].kinds else "splitting the batch")
+    at = x.axes.kept(dim)
+    assert at is not None
+    start, parts = 0, []
+    for val in ctx.node.meta["val"]:
+        size = int(val.shape[dim])
+        axes = x.axes.replace(dim, ledger.plain_axis(size))
+        parts.append(ctx.call(torch.narrow, (x, at + 1, start, size), axes, x.clock, x.dtype))
+        start += size
+    return tuple(parts)
+
+
+@converter(aten.unbind.int)
+def unbind(ctx: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    from dissect.converters.indexing import select
+
+    return tuple(select(ctx, x, dim, index) for index in range(x.shape[dim % len(x.axes)]))

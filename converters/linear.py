@@ -1,0 +1,138 @@
+"""Linear layers and products of matrices inside a frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dissect.convolution import TemporalConv
+from dissect.ledger import plain_axis
+from dissect.registry import converter
+from dissect.rewrite import Context, Refused, Value
+
+aten = torch.ops.aten
+
+
+@converter(aten.linear.default)
+def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    last = x.axes[len(x.axes) - 1]
+    if not weight.constant or (bias is not None and not bias.constant):
+        raise Refused("a linear layer whose weight is computed from the clip")
+    out = x.axes.replace(len(x.axes) - 1, plain_axis(weight.shape[0]))
+    if "T" in last.kinds:
+        return window_linear(ctx, x, weight, bias, out)
+    if not last.plain:
+        raise Refused("a linear layer over the batch")
+    x = ctx.settled(x)
+
+    def kind(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight)
+        layer.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+        return layer
+
+    timing = x.clock.plain()
+    layer = ctx.layer(kind, {"weight": weight, "bias": bias})
+    if layer is not None:
+        return ctx.module(*layer, (x,), out, timing, x.dtype)
+    return ctx.call(F.linear, (x, weight, bias), out, timing, x.dtype)
+
+
+class WindowLinear(TemporalConv):
+    """A linear layer over the features of a window of positions, flattened as the original flattens them."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, *, ages: list[int], before: int, after: int) -> None:
+        super().__init__(weight, bias, ages=ages if len(ages) > 1 else [0, -1], time=None, stride=(), padding=(), dilation=())
+        self.ages = tuple(ages)
+        self.before, self.after = before, after
+
+    def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
+        from dissect.primitives import tap
+
+        weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
+        values = [tap(known, age, frames).reshape(-1, self.before, 1, self.after) for age in self.ages]
+        return F.linear(torch.cat(values, 2).flatten(1), weight, bias)
+
+
+def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out: Any) -> Value:
+    """A linear layer over flattened time: a window of all its positions."""
+    last = x.axes[len(x.axes) - 1]
+    if any(not axis.dropped or "T" in axis.kinds for axis in x.axes.dims[:-1]) or "N" in last.kinds:
+        raise Refused("a linear layer over flattened time beside other axes")
+    at = last.kinds.index("T")
+    before = after = 1
+    for index, factor in enumerate(last.factors):
+        if index < at:
+            before *= factor.size
+        elif index > at:
+            after *= factor.size
+    positions = last.factors[at].size
+    x = ctx.settled(x)
+    clock = x.clock
+    stride = clock.stride
+    if ctx.preset == "d3d" and clock.removed > 1:
+        stride = clock.removed  # a fixed linear layer keeps its clip: the same positions, the same frames apart
+    ages = [index * stride for index in reversed(range(positions))]
+    exact = ctx.exact
+    timing = clock.plain().but(old=clock.old + ages[0])
+    if exact:
+        timing = timing.but(delay=clock.delay + ages[0], length=clock.length.then(-positions))
+    ctx.row(f"linear over a window of {positions}", exact=exact, reason="" if exact else "the last positions", kernel=positions, stride=stride)
+    known = ctx.history(x, ages[0])
+    settings: dict[str, Any] = {"ages": ages, "before": before, "after": after}
+    layer = ctx.layer(lambda weight, bias: WindowLinear(weight, bias, **settings), {"weight": weight, "bias": bias})
+    if layer is not None:
+        return ctx.module(*layer, (known,), out, timing, x.dtype)
+    return ctx.primitive("linear", WindowLinear(None, None, **settings), (known, weight, bias), out, timing, x.dtype)
+
+
+@converter(aten.addmm.default)
+def addmm(ctx: Context, bias: Value, x: Value, weight: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    if not bias.constant or not weight.constant or (beta, alpha) != (1, 1) or not x.axes[1].plain:
+        raise Refused("a matrix product with operands from the clip")
+    x = ctx.settled(x)
+    out = x.axes.replace(1, plain_axis(weight.shape[1]))
+    return ctx.call(torch.addmm, (bias, x, weight), out, x.clock.plain(), x.dtype)
+
+
+@converter(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def matmul(ctx: Context, a: Value, b: Value) -> Value:
+    """A product whose matrices lie inside a frame (batch and time only before them)."""
+    for value in (a, b):
+        inner = value.axes.dims[-2:] if not value.constant else ()
+        if any("T" in axis.kinds for axis in inner):
+            if value is a and b.constant and len(b.shape) == 2 and "T" not in a.axes.dims[-1].kinds:
+                continue
+            raise Refused("a matrix product across time (attention between frames)")
+    (a, b), timing = ctx.align([a, b])
+    rows = ctx.out_shape
+    out_dims = []
+    for dim, size in enumerate(rows):
+        source = a.axes if len(a.axes) == len(rows) and not a.constant else b.axes
+        axis = source[dim]
+        if dim == len(rows) - 1:
+            axis = plain_axis(size)
+        elif dim == len(rows) - 2:
+            axis = a.axes[len(a.axes) - 2] if not a.constant else plain_axis(size)
+        elif axis.size != size:
+            raise Refused("a broadcast matrix product")
+        out_dims.append(axis)
+    axes = type(a.axes)(tuple(out_dims))
+    if not a.constant and not b.constant and len(a.axes.frame) != len(b.axes.frame):
+        raise Refused("a broadcast matrix product")
+    return ctx.call(torch.matmul, (a, b), axes, timing.plain(), a.dtype)
+
+
+@converter(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+def softmax(ctx: Context, x: Value, dim: int, *_: Any, **__: Any) -> Value:
+    dim %= len(x.axes)
+    if not x.axes[dim].plain:
+        raise Refused("a softmax over time")
+    at = x.axes.kept(dim)
+    assert at is not None
+    x = ctx.settled(x)
+    target = torch.log_softmax if "log" in str(ctx.node.target) else torch.softmax
+    return ctx.call(target, (x, at + 1), x.axes, x.clock.plain(), x.dtype)

@@ -1,0 +1,187 @@
+"""Operators that treat every element, or every frame, on its own: nothing about them changes in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dissect.registry import converter
+from dissect.rewrite import Context, Value
+
+aten = torch.ops.aten
+
+#: zero stays zero, and a value that is never negative stays so
+_KEEPS_ZERO = (
+    aten.relu.default,
+    aten.relu6.default,
+    aten.leaky_relu.default,
+    aten.tanh.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.hardswish.default,
+    aten.abs.default,
+    aten.sqrt.default,
+    aten.neg.default,
+    aten.elu.default,
+    aten.selu.default,
+    aten.mish.default,
+    aten.sign.default,
+    aten.square.default,
+    aten.floor.default,
+    aten.trunc.default,
+    aten.prelu.default,
+    aten.sin.default,
+    aten.ceil.default,
+    aten.round.default,
+)
+_NONNEG = (aten.relu.default, aten.relu6.default, aten.abs.default, aten.sqrt.default)
+_NONNEG_ALWAYS = (*_NONNEG, aten.sigmoid.default, aten.exp.default, aten.hardsigmoid.default, aten.softplus.default)
+_OTHER = (
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.softplus.default,
+    aten.exp.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.log_sigmoid.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.cos.default,
+    aten.erf.default,
+    aten.hardtanh.default,
+    aten.hardshrink.default,
+    aten.threshold.default,
+    aten.celu.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.clamp.Tensor,
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Tensor,
+    aten.rsub.Scalar,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.div.Tensor_mode,
+    aten.pow.Tensor_Scalar,
+    aten.pow.Tensor_Tensor,
+    aten.pow.Scalar,
+    aten.maximum.default,
+    aten.minimum.default,
+    aten.atan2.default,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.lerp.Scalar,
+    aten.lerp.Tensor,
+    aten.addcmul.default,
+    aten.addcdiv.default,
+    aten.logical_not.default,
+    aten.logical_and.default,
+    aten.logical_or.default,
+    aten.bitwise_not.default,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor,
+    aten.isnan.default,
+    aten.nan_to_num.default,
+    *[getattr(getattr(aten, name), kind) for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Scalar", "Tensor")],
+    aten.remainder.Scalar,
+)
+
+
+def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """An elementwise operator: operands meet at one delay and broadcast as frame tensors."""
+    values = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
+    axes = values[0].axes
+    if len(values) > 1:
+        values, timing = ctx.align(values)
+        values, axes = ctx.broadcast(values)
+    else:
+        timing = values[0].clock
+        if timing.delay < 0 and target not in _KEEPS_ZERO:
+            values = [ctx.settled(values[0])]
+            timing = values[0].clock
+    zero = target in _KEEPS_ZERO and timing.fill == 0.0
+    nonneg = target in _NONNEG_ALWAYS or (target in _KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
+    if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
+        nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(not value.constant for value in values)
+    timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
+    operands = iter(values)
+    args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
+    kwargs = {key: next(operands) if isinstance(arg, Value) else arg for key, arg in kwargs.items()}
+    dtype = ctx.node.meta["val"].dtype
+    return ctx.call(target, args, axes, timing, dtype, **kwargs)
+
+
+def _register(target: Any) -> None:
+    @converter(target)
+    def convert(ctx: Context, *args: Any, **kwargs: Any) -> Value:
+        return pointwise(ctx, target, args, kwargs)
+
+
+for _target in dict.fromkeys((*_KEEPS_ZERO, *_OTHER)):
+    _register(_target)
+
+
+@converter(
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.detach_.default,
+)
+def same(ctx: Context, x: Value, **_: Any) -> Value:
+    return x
+
+
+@converter(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device)
+def to(ctx: Context, x: Value, *_: Any, **__: Any) -> Value:
+    dtype = ctx.node.meta["val"].dtype
+    if dtype == x.dtype:
+        return x
+    return ctx.call(torch.ops.aten.to.dtype, (x, dtype), x.axes, x.clock, dtype)
+
+
+@converter(aten.copy.default)
+def copy(ctx: Context, x: Value, source: Value, non_blocking: bool = False) -> Value:
+    shape = x.shape
+    if source.constant or source.shape != shape:
+        return pointwise(ctx, aten.add.Tensor, (ctx.call(torch.zeros_like, (x,), x.axes, x.clock, x.dtype), source), {})
+    return source
+
+
+@converter(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+def filled(ctx: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """A constant of the shape of an activation: one number, whatever the frame."""
+    value = {"aten.zeros_like": 0.0, "aten.ones_like": 1.0}.get(str(ctx.node.target).rpartition(".")[0])
+    number = float(args[0]) if value is None else value
+    tensor = torch.full(x.shape, number, dtype=ctx.node.meta["val"].dtype)
+    return ctx.constant(tensor.flatten()[:1].reshape([1] * tensor.dim()).expand(x.shape), "filled")
+
+
+@converter(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+def new_filled(ctx: Context, x: Value, size: list[int], *args: Any, **kwargs: Any) -> Value:
+    name = str(ctx.node.target).split(".")[1]
+    number = float(args[0]) if name == "new_full" else float(name == "new_ones")
+    tensor = torch.full([1] * len(size), number, dtype=ctx.node.meta["val"].dtype)
+    return ctx.constant(tensor.expand(size), "filled")
+
+
+@converter(torch.ops.dissect.dropout.default)
+def dropout(ctx: Context, x: Value, p: float, channels: bool) -> Value:
+    """Identity in a stream; drops again when the clip form is trained."""
+    if p <= 0:
+        return x
+    whole = channels and len(x.axes.frame) in (2, 3)
+    kind = {2: torch.nn.Dropout1d, 3: torch.nn.Dropout2d}[len(x.axes.frame)] if whole else torch.nn.Dropout
+    path = ctx.path if ctx.path and ctx.path not in ctx._installed else ctx.free("dropout")
+    return ctx.module(path, kind(p), (x,), x.axes, x.clock, x.dtype)

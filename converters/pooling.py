@@ -1,0 +1,256 @@
+"""Pools over space and time: sliding, global, adaptive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dissect.converters.convolution import spread, strided
+from dissect.ledger import plain_axis
+from dissect.primitives import WindowReduce
+from dissect.registry import converter
+from dissect.rewrite import Context, Refused, Value
+
+aten = torch.ops.aten
+
+
+@converter(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+def max_pool(ctx: Context, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Value:
+    def space(dims: int, pick: Any) -> tuple[Any, dict[str, Any]]:
+        size, step, pads, gap = (pick(setting) for setting in settings)
+        return f"max_pool{dims}d", {"kernel_size": size, "stride": step, "padding": pads, "dilation": gap, "ceil_mode": ceil_mode}
+
+    settings = pool_settings(ctx, x, kernel, stride, padding, dilation)
+    return pool(ctx, x, "max", settings, ceil_mode, True, None, space)
+
+
+@converter(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+def avg_pool(
+    ctx: Context,
+    x: Value,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Value:
+    def space(dims: int, pick: Any) -> tuple[Any, dict[str, Any]]:
+        size, step, pads, _ = (pick(setting) for setting in settings)
+        extra = {"divisor_override": 1} if divisor_override and dims > 1 else {}
+        return f"avg_pool{dims}d", {
+            "kernel_size": size,
+            "stride": step,
+            "padding": pads,
+            "ceil_mode": ceil_mode,
+            "count_include_pad": count_include_pad,
+            **extra,
+        }
+
+    settings = pool_settings(ctx, x, kernel, stride, padding, 1)
+    return pool(ctx, x, "mean", settings, ceil_mode, count_include_pad, divisor_override, space)
+
+
+def pool_settings(ctx: Context, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[list[int], ...]:
+    dims = {"1d": 1, "2d": 2, "3d": 3}[str(ctx.node.target).split(".")[1][-2:]]
+    if len(x.shape) != dims + 2:
+        raise Refused("a pool of an input without a batch dimension", "give the network clips with a batch dimension")
+    size = spread(kernel, dims)
+    step = list(size) if not isinstance(stride, int) and not stride else spread(stride, dims)
+    return size, step, spread(padding, dims), spread(dilation, dims)
+
+
+def pool(
+    ctx: Context,
+    x: Value,
+    kind: str,
+    settings: tuple[list[int], ...],
+    ceil_mode: bool,
+    include_pad: bool,
+    divisor: int | None,
+    space: Any,
+) -> Value:
+    """A sliding pool: inside the frame first, then over time (maxima and means part that way)."""
+    kernel, stride, padding, dilation = settings
+    dims = len(kernel)
+    channels = len(x.shape) - dims
+    spatial = list(range(channels, len(x.shape)))
+    for dim in spatial:
+        if not x.axes[dim].plain and not x.axes[dim].is_time:
+            raise Refused("a pool over an axis that merges time with space")
+    time = next((at for at, dim in enumerate(spatial) if x.axes[dim].is_time), None)
+    inner = [at for at in range(dims) if at != time]
+    axes = x.axes.sized((*x.shape[:channels], *ctx.out_shape[channels:]))
+
+    def pick(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values[at] for at in inner)
+
+    trivial = all((kernel[at], stride[at], padding[at]) == (1, 1, 0) for at in inner)
+    y = x
+    frame_axes = axes if time is None else axes.replace(channels + time, x.axes[channels + time])
+    if not trivial:
+        target, options = space(len(inner), pick)
+        clock = x.clock.but(fill=x.clock.fill if x.clock.fill == 0.0 else None)
+        lead = len(x.axes.frame) - len(inner)
+        y = ctx.call(spaced, (x, target, lead, options), frame_axes, clock, x.dtype)
+    if time is None:
+        if divisor:
+            raise Refused("divisor_override in a pool without a time axis")
+        return y
+    size, step, pad, gap = kernel[time], stride[time], padding[time], dilation[time]
+    positions = x.axes[channels + time].size
+    scale = divisor or 1.0
+    if size == positions and pad == 0 and gap == 1 and size > 1:
+        total = ctx.pool_time(y, "sum" if divisor else kind, axes)
+        return ctx.call(torch.div, (total, scale), axes, total.timing, total.dtype) if divisor else total
+    facts: dict[str, Any] = {"kernel": size, "stride": step, "padding": (pad, pad), "dilation": gap}
+    clock = y.clock
+    reach = (size - 1) * gap
+    add = 2 * pad - reach - 1
+    if ceil_mode:  # the last window starts inside the clip or its left padding
+        add = min(add + step - 1, pad - 1)
+    length = clock.length.then(add, step)
+    if not ctx.exact:
+        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" else size)
+        if (size, step) != (1, 1):
+            reason = f"{taps} of {size} frames" if taps < size else "past only" + (", temporal stride removed" if step > 1 else "")
+            ctx.row(f"pool over {taps} frame{'s' * (taps > 1)}", exact=False, reason=reason, **facts)
+        size = min(taps, size)
+        reach = (size - 1) * gap
+        ages = [index * gap * clock.stride for index in reversed(range(size))]
+        timing = strided(ctx, clock.plain(), step).but(length=length, old=clock.old + ages[0], nonneg=clock.nonneg)
+        widen = (0, 0)
+        delay = 0
+    else:
+        if (size, step) != (1, 1):
+            ctx.row(f"pool over {size} frame{'s' * (size > 1)}" + (f", {gap * clock.stride} apart" if clock.stride * gap > 1 else ""), exact=True, **facts)
+        ages = [index * gap * clock.stride for index in reversed(range(size))]
+        delay = clock.delay + clock.stride * (reach - pad)
+        if delay < 0:
+            y, delay = ctx.delay(ctx.gate(y), -delay), 0
+            clock = y.clock
+        timing = clock.plain().but(
+            stride=clock.stride * step, delay=delay, length=length, old=clock.old + ages[0], removed=clock.removed * step, nonneg=clock.nonneg
+        )
+        widen = (pad, pad)
+    y = pool_taps(ctx, y, kind, ages, pad > 0 or ceil_mode, include_pad or not pad, ceil_mode, widen, bool(divisor), axes, timing)
+    return ctx.call(torch.div, (y, scale), axes, timing, y.dtype) if divisor else y
+
+
+def pool_taps(
+    ctx: Context,
+    y: Value,
+    kind: str,
+    ages: list[int],
+    edges: bool,
+    include_pad: bool,
+    ceil_mode: bool,
+    widen: tuple[int, int],
+    summed: bool,
+    axes: Any,
+    timing: Any,
+) -> Value:
+    """The temporal part of a pool over the given ages; ``edges``: some windows look past the clip."""
+    clock = y.clock
+    if len(ages) == 1 and not edges:
+        return Value(y.node, axes, timing, y.dtype)
+    extra: dict[str, Any] = {}
+    if kind == "max":
+        # Before position 0 fresh caches hold zeros; a zero padding of the network's own (fill) counts as a value.
+        open_ends = edges or (not ctx.exact and clock.fill != 0.0)
+        if open_ends and clock.nonneg and ctx.exact:
+            y = ctx.gate(y)
+        elif open_ends and not clock.nonneg:
+            extra["masks"] = tuple(ctx.inside(clock, age) for age in ages)
+        reduce = WindowReduce("max", ages)
+    else:
+        if edges or not ctx.exact:
+            y = ctx.gate(y)
+        divisor = 1.0 if summed else float(len(ages))
+        if not summed and (not include_pad or (ceil_mode and ctx.exact)):
+            gap = ages[-2] - ages[-1] if len(ages) > 1 else clock.stride
+            if gap == clock.stride:
+                extra["count"] = ctx.inside(clock, positions=len(ages), widen=widen if include_pad else (0, 0))
+                divisor = 1.0
+        reduce = WindowReduce("mean", ages, divisor)
+    history = ctx.history(y, ages[0])
+    return ctx.primitive("pool", reduce, (history,), axes, timing, y.dtype, **extra)
+
+
+def spaced(x: torch.Tensor, name: str, lead: int, options: dict[str, Any]) -> torch.Tensor:
+    """A spatial pool of a frame tensor with ``lead`` dimensions before its spatial ones."""
+    target = getattr(F, name)
+    if lead == 1:
+        return target(x, **options)  # type: ignore[no-any-return]
+    if lead == 0:
+        return target(x.unsqueeze(1), **options).squeeze(1)  # type: ignore[no-any-return]
+    y = target(x.flatten(0, lead - 1), **options)
+    return y.reshape(*x.shape[:lead], *y.shape[1:])  # type: ignore[no-any-return]
+
+
+@converter(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+def adaptive_avg_pool(ctx: Context, x: Value, size: Any) -> Value:
+    return adaptive(ctx, x, "mean", list(size))
+
+
+def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
+    """An adaptive pool: global where it leaves one position, a sliding pool where its bins are even."""
+    dims = len(size)
+    channels = len(x.shape) - dims
+    axes = x.axes
+    time = None
+    inner: list[int] = []
+    sizes: list[int] = []
+    for at in range(dims):
+        axis = x.axes[channels + at]
+        if axis.is_time:
+            time = at
+        elif not axis.plain:
+            raise Refused("an adaptive pool over an axis that merges time with space")
+        else:
+            inner.append(at)
+            sizes.append(size[at])
+            axes = axes.replace(channels + at, plain_axis(size[at]))
+    y = x
+    if any(sizes[i] != x.shape[channels + at] for i, at in enumerate(inner)):
+        lead = len(x.axes.frame) - len(inner)
+        clock = x.clock.but(fill=x.clock.fill if x.clock.fill == 0.0 else None)
+        y = ctx.call(adaptive_space, (x, kind, lead, tuple(sizes)), axes, clock, x.dtype)
+    if time is None:
+        return y
+    positions, wanted = x.shape[channels + time], size[time]
+    if wanted == positions:
+        return y
+    out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))
+    if wanted == 1:
+        return ctx.pool_time(y, kind, out)
+    if positions % wanted:
+        raise Refused(
+            f"an adaptive pool of {positions} positions to {wanted} has bins of uneven length, which follow no stream",
+            "use a clip length that the pool divides evenly",
+        )
+    step = positions // wanted
+    clock = y.clock
+    ages = [index * clock.stride for index in reversed(range(step))]
+    timing = strided(ctx, clock.plain(), step).but(length=clock.length.then(-step, step), old=clock.old + ages[0])
+    if ctx.exact:
+        timing = timing.but(delay=clock.delay + clock.stride * (step - 1))
+    ctx.row(f"pool over {step} frames", exact=ctx.exact, reason="" if ctx.exact else "past only", kernel=step, stride=step, padding=(0, 0))
+    return pool_taps(ctx, y, kind, ages, False, True, False, (0, 0), False, out, timing)
+
+
+def adaptive_space(x: torch.Tensor, kind: str, lead: int, size: tuple[int, ...]) -> torch.Tensor:
+    """An adaptive pool inside the frame; a global one is a plain reduction."""
+    if all(length == 1 for length in size):
+        dims = list(range(lead + 1, x.dim()))
+        return x.mean(dims, keepdim=True) if kind == "mean" else x.amax(dims, keepdim=True)
+    names = {"mean": "adaptive_avg_pool", "max": "adaptive_max_pool"}
+    return spaced(x, f"{names[kind]}{len(size)}d", lead, {"output_size": size})
+
+
+@converter(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
+def adaptive_max_pool(ctx: Context, x: Value, size: Any) -> tuple[Value, None]:
+    return adaptive(ctx, x, "max", list(size)), None

@@ -1,0 +1,69 @@
+"""Sums, means and extremes over dimensions; over time they become a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dissect.ledger import Axes, Axis
+from dissect.registry import converter
+from dissect.rewrite import Context, Refused, Value
+
+aten = torch.ops.aten
+_REDUCE = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
+
+
+def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, keepdim: bool) -> Value:
+    """Reduce inside the frame first, then over time."""
+    rank = len(x.axes)
+    chosen = sorted({dim % rank for dim in (range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims)})
+    if any("N" in x.axes[dim].kinds for dim in chosen):
+        raise Refused(f"a {kind} over the batch", "reduce over the other dimensions only")
+    over_time = any("T" in x.axes[dim].kinds for dim in chosen)
+    inner = [kept + 1 for dim in chosen if (kept := x.axes.kept(dim)) is not None]
+    ended = [Axis() if dim in chosen else axis for dim, axis in enumerate(x.axes.dims)]
+    axes = Axes(tuple(axis for dim, axis in enumerate(ended) if keepdim or dim not in chosen))
+    y = ctx.settled(x)
+    if inner:
+        keep = clean = ()
+        y = ctx.call(_REDUCE[kind], (y, inner, keepdim), axes, y.clock.plain().but(nonneg=y.clock.nonneg), x.dtype)
+    elif keepdim:
+        pass
+    if not over_time:
+        return Value(y.node, axes, y.timing, y.dtype)
+    # a pure time axis is no dimension of a frame: keepdim gives it back with size 1
+    bare = Axes(tuple(axis for dim, axis in enumerate(ended) if not (dim in chosen and x.axes[dim].dropped) and (keepdim or dim not in chosen)))
+    y = Value(y.node, bare, y.timing, y.dtype)
+    return ctx.reframe(ctx.pool_time(y, kind, bare), axes)
+
+
+@converter(aten.mean.dim)
+def mean(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
+    return reduce(ctx, x, "mean", dims, keepdim)
+
+
+@converter(aten.sum.dim_IntList)
+def sum_(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
+    return reduce(ctx, x, "sum", dims, keepdim)
+
+
+@converter(aten.amax.default)
+def amax(ctx: Context, x: Value, dims: Any = (), keepdim: bool = False) -> Value:
+    return reduce(ctx, x, "max", list(dims), keepdim)
+
+
+@converter(aten.amin.default)
+def amin(ctx: Context, x: Value, dims: Any = (), keepdim: bool = False) -> Value:
+    return reduce(ctx, x, "min", list(dims), keepdim)
+
+
+@converter(aten.max.dim)
+def max_dim(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
+    return reduce(ctx, x, "max", dim, keepdim), None
+
+
+@converter(aten.min.dim)
+def min_dim(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
+    return reduce(ctx, x, "min", dim, keepdim), None

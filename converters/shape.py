@@ -1,0 +1,96 @@
+"""Operators that move or rename dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dissect import ledger
+from dissect.ledger import Axes, Axis
+from dissect.registry import converter
+from dissect.rewrite import Context, Refused, Value
+
+aten = torch.ops.aten
+
+
+@converter(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten._reshape_copy.default,
+    aten.view_copy.default,
+)
+def reshape(ctx: Context, x: Value, *_: Any) -> Value:
+    return ctx.reframe(x, ledger.reshape(x.axes, ctx.out_shape))
+
+
+@converter(aten.permute.default, aten.permute_copy.default)
+def permute(ctx: Context, x: Value, dims: Sequence[int]) -> Value:
+    dims = [dim % len(x.axes) for dim in dims]
+    axes = Axes(tuple(x.axes[dim] for dim in dims))
+    order = [kept for dim in dims if (kept := x.axes.kept(dim)) is not None]
+    if order == sorted(order):
+        return Value(x.node, axes, x.timing, x.dtype)
+    return ctx.call(torch.permute, (x, (0, *[at + 1 for at in order])), axes, x.clock, x.dtype)
+
+
+@converter(aten.transpose.int, aten.transpose_copy.int, aten.movedim.int, aten.swapaxes.default)
+def transpose(ctx: Context, x: Value, first: int, second: int) -> Value:
+    dims = list(range(len(x.axes)))
+    first, second = first % len(dims), second % len(dims)
+    dims[first], dims[second] = dims[second], dims[first]
+    return permute(ctx, x, dims)
+
+
+@converter(aten.t.default, aten.numpy_T.default)
+def t(ctx: Context, x: Value) -> Value:
+    return permute(ctx, x, list(range(len(x.axes)))[::-1])
+
+
+@converter(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze_copy.dim, aten.squeeze_copy.default)
+def squeeze(ctx: Context, x: Value, dims: int | Sequence[int] | None = None) -> Value:
+    rank = len(x.axes)
+    chosen = range(rank) if dims is None else [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]
+    gone = {dim for dim in chosen if x.axes[dim].size == 1}
+    kept = Axes(tuple(axis for dim, axis in enumerate(x.axes.dims) if dim not in gone))
+    if any("N" in x.axes[dim].kinds for dim in gone):
+        raise Refused("squeezing the batch away", "keep the batch dimension")
+    return ctx.reframe(x, kept)
+
+
+@converter(aten.unsqueeze.default, aten.unsqueeze_copy.default)
+def unsqueeze(ctx: Context, x: Value, dim: int) -> Value:
+    dim %= len(x.axes) + 1
+    return ctx.reframe(x, Axes((*x.axes.dims[:dim], Axis(), *x.axes.dims[dim:])))
+
+
+@converter(aten.expand.default, aten.expand_copy.default)
+def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) -> Value:
+    """A broadcast: over time it costs nothing, since a frame has no time axis."""
+    shape = ctx.out_shape
+    pad = len(shape) - len(x.axes)
+    dims = [Axis()] * pad + list(x.axes.dims)
+    axes = Axes(tuple(dims))
+    wide: list[Axis] = []
+    repeats: list[int] = []
+    for axis, length in zip(dims, shape, strict=True):
+        if axis.size == length:
+            wide.append(axis)
+            if not axis.dropped:
+                repeats.append(-1)
+        elif length == x.clock.length(ctx.frames) and axes.time is None:
+            wide.append(Axis((ledger.Factor("T", length),)))
+            axes = Axes(tuple(wide))
+        else:
+            wide.append(ledger.plain_axis(length))
+            repeats.append(length)
+    out = Axes(tuple(wide))
+    base = Axes(tuple(axis if axis.size == old.size else (axis if axis.is_time else Axis()) for axis, old in zip(wide, dims, strict=True)))
+    y = ctx.reframe(x, base)
+    if all(repeat == -1 for repeat in repeats):
+        return Value(y.node, out, x.timing, x.dtype)
+    return ctx.call(torch.Tensor.expand, (y, (-1, *repeats)), out, x.clock, x.dtype)

@@ -1,0 +1,85 @@
+"""Dissect any 3D-CNN: turn a clip network into a step network that computes one frame at a time.
+
+    stream = dissect.convert(model, clip)              # preset="d3d"
+    print(stream.plan)                                 # what was done to each layer
+    dissect.verify(stream, model).check()
+    dissect.export(stream, "net.onnx")
+
+    run = dissect.Runner("net.onnx")                   # numpy and ONNX Runtime alone
+    for frame in camera:
+        scores = run.step(frame)
+
+Names are imported when they are first used, so that ``import dissect`` costs nothing and a
+deployment that only runs step models never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CaptureError": "errors",
+    "DissectError": "errors",
+    "ExportError": "errors",
+    "LoadError": "errors",
+    "NotStreamable": "errors",
+    "PlanError": "errors",
+    "Refusal": "errors",
+    "StreamError": "errors",
+    "VerificationError": "errors",
+    "VideoError": "errors",
+    "Plan": "plan",
+    "Preprocess": "preprocess",
+    "Runner": "runner",
+    "Stream": "stream",
+    "convert": "stream",
+    "converter": "registry",
+    "export": "exporting",
+    "load": "loading",
+    "verify": "verifying",
+    "zoo": "",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from dissect import zoo as zoo
+    from dissect.errors import (
+        CaptureError,
+        DissectError,
+        ExportError,
+        LoadError,
+        NotStreamable,
+        PlanError,
+        Refusal,
+        StreamError,
+        VerificationError,
+        VideoError,
+    )
+    from dissect.exporting import export
+    from dissect.loading import load
+    from dissect.plan import Plan
+    from dissect.preprocess import Preprocess
+    from dissect.registry import converter
+    from dissect.runner import Runner
+    from dissect.stream import Stream, convert
+    from dissect.verifying import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dissect' has no attribute {name!r}")
+    home = _HOME[name]
+    if not home:
+        return import_module(f"dissect.{name}")
+    # Modules are named unlike their functions (`loading.load`): importing one must never shadow the other.
+    value = getattr(import_module(f"dissect.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,194 @@
+"""Capture: a module or an exported program becomes one functional graph of ATen operators.
+
+Non-strict ``torch.export`` only. Strict export, ``make_fx`` and ``torch.jit.trace`` were seen to freeze an
+activation that a network reads through ``.data`` as a constant, silently; non-strict export raises there,
+and the capture is tried once more with ``.data`` taken as ``detach`` and ``Variable`` as identity.
+
+The batch of the example is replaced by a prime that no network has as a size, so that the ledger
+can tell the batch from everything else. The user's module is not changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+
+from dissect.errors import CaptureError
+
+__all__ = ["Captured", "capture", "copied", "dropout"]
+
+#: stands for the batch while a network is captured; tried in turn
+BATCHES = (13, 2, 1)
+
+
+@torch.library.custom_op("dissect::dropout", mutates_args=())
+def dropout(x: Tensor, p: float, channels: bool) -> Tensor:
+    """Dropout that survives capture in eval mode, so that a fine-tuned clip form drops again (``channels``: whole maps)."""
+    return x.clone()
+
+
+@dropout.register_fake
+def _(x: Tensor, p: float, channels: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A network as one graph.
+
+    graph       functional ATen, placeholders for inputs, parameters and constants
+    tensors     placeholder name to (original name, tensor) of parameters, buffers and constants
+    inputs      the user's input placeholders in flat order, with the example's tensors (or Python values)
+    in_spec     pytree of the inputs ``(args, kwargs)``; ``out_spec`` that of the outputs
+    batch       the batch size in the graph
+    buffers     every parameter and buffer of the module by original name
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, tuple[str, Tensor]]
+    inputs: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    batch: int
+    state: Mapping[str, Tensor]
+    name: str
+
+
+def copied(example: Any) -> tuple[Any, ...]:
+    """The model's inputs as a fresh tuple; containers are copied (a forward may change a list it is given), tensors are not."""
+    args = tuple(example) if isinstance(example, tuple) else (example,)
+    return pytree.tree_map(lambda leaf: leaf, args)  # type: ignore[no-any-return]
+
+
+def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> Captured:
+    """Capture ``model`` for inputs like ``example``; raises CaptureError with torch's own reason."""
+    name = type(model).__name__
+    if isinstance(model, ExportedProgram):
+        model = model.module(check_guards=False)
+    failures: list[Exception] = []
+    batch = _batch_of(example)
+    with _eval_mode(model):
+        for shim in (False, True):
+            for size in dict.fromkeys((*BATCHES, batch)):
+                try:
+                    program = _export(model, _rebatched(example, batch, size), shim)
+                except Exception as error:
+                    failures.append(error)
+                    continue
+                return _read(program, size, name)
+    raise CaptureError(_explain(model, failures))
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if shim:
+            with _legacy():
+                return torch.export.export(model, args, strict=False)
+        return torch.export.export(model, args, strict=False)
+
+
+def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            x, p = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            node.target, node.args, node.kwargs = torch.ops.dissect.dropout.default, (x, p, _DROPOUTS[node.target]), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = program.run_decompositions({})
+    signature = program.graph_signature
+    tensors: dict[str, tuple[str, Tensor]] = {}
+    inputs: list[str] = []
+    for spec in signature.input_specs:
+        placeholder = spec.arg.name
+        if spec.kind == InputKind.USER_INPUT:
+            inputs.append(placeholder)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            assert spec.target is not None
+            held = program.state_dict if spec.target in program.state_dict else program.constants
+            tensors[placeholder] = (spec.target, held[spec.target])
+        else:
+            raise CaptureError(f"the network holds a {spec.kind.name.lower().replace('_', ' ')} ({spec.target}), which no graph can keep")
+    changed = [spec.target for spec in signature.output_specs if spec.kind == OutputKind.BUFFER_MUTATION]
+    if changed:
+        raise CaptureError(
+            f"the network writes to its own buffers as it runs ({', '.join(map(str, changed))}); a step model keeps no hidden "
+            "state: pass it through the forward, or freeze it"
+        )
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    return Captured(program.graph, tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name)
+
+
+_ATEN = torch.ops.aten
+_DROPOUTS = {
+    _ATEN.dropout.default: False,
+    _ATEN.dropout_.default: False,
+    _ATEN.alpha_dropout.default: False,
+    _ATEN.feature_dropout.default: True,
+    _ATEN.feature_dropout_.default: True,
+}
+
+
+def _batch_of(example: tuple[Any, ...]) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        raise CaptureError("the example holds no tensor; give the clip the network takes, for instance torch.randn(1, 3, 16, 112, 112)")
+    return int(tensors[0].shape[0])
+
+
+def _rebatched(example: tuple[Any, ...], batch: int, size: int) -> tuple[Any, ...]:
+    """The same inputs with ``size`` rows; their values are never read by an export."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch or batch == size:
+            return leaf
+        return torch.zeros((1, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device).expand(size, *leaf.shape[1:]).clone()
+
+    return pytree.tree_map(resize, example)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, flag by flag: some networks override ``eval()`` and return None or freeze layers."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.__dict__["training"] = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.__dict__["training"] = mode
+
+
+@contextmanager
+def _legacy() -> Iterator[None]:
+    """``.data`` reads as ``detach()`` and ``Variable(x)`` as ``x``, for the time of an export."""
+    meta = type(torch.autograd.Variable)
+    data = property(lambda tensor: tensor.detach(), torch._C.TensorBase.data.__set__)
+    torch.Tensor.data = data  # type: ignore[assignment,misc]
+    meta.__call__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign,misc]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
+        del meta.__call__
+
+
+def _explain(model: nn.Module, failures: list[Exception]) -> str:
+    reason = str(failures[0]).strip() or type(failures[0]).__name__
+    text = reason.splitlines()[0][:400]
+    kind = type(failures[0]).__name__
+    if "data-dependent" in reason.lower() or "GuardOnDataDependent" in kind or "Could not guard" in reason:
+        fix = "its forward branches on the values of a tensor; a stream needs one graph: make the branch depend on shapes or options only"
+    else:
+        fix = "run `torch.export.export(model, (clip,), strict=False)` to see the whole of torch's report"
+    return f"{type(model).__name__} cannot be captured: {kind}: {text}; {fix}"

@@ -1,0 +1,172 @@
+"""The two forms of a dissected network, built mechanically from one template graph.
+
+Clip form: whole clips in, one output a frame out; time is folded into the rows. Step form: one frame and the caches in,
+one output and the new caches out. A third, the chunk form, takes any number of frames and the caches;
+it is what proves that chunking changes nothing. All share one set of modules.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+
+from dissect import ledger
+from dissect.primitives import CacheSpec, Clock, Primitive
+from dissect.rewrite import Dissected
+
+__all__ = ["Cache", "Form", "build", "caches_of"]
+
+Kind = Literal["clip", "chunk", "step"]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch."""
+
+    name: str
+    path: str
+    spec: CacheSpec
+
+
+def caches_of(dissected: Dissected) -> tuple[Cache, ...]:
+    """All caches in the order of the step form's arguments."""
+    found: list[Cache] = []
+    for node in dissected.graph.nodes:
+        module = dissected.root.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, Primitive):
+            continue
+        for spec in module.specs:
+            path = spec.role if spec.role != "cache" else node.meta["path"] or "input"
+            found.append(Cache(f"cache_{len(found):03d}.{path}", path, spec))
+    return tuple(found)
+
+
+class Form(nn.Module):
+    """One form of a dissected network; its modules and parameters stand at the original network's paths.
+
+    ``graph`` is its :class:`torch.fx.Graph`, ``code`` the Python it runs.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, kind: Kind, dissected: Dissected, name: str) -> None:
+        super().__init__()
+        module = fx.GraphModule(root, graph, name)
+        # The graph module is not a child: it shares this module's own tables, so that keys stay those of the original.
+        self._modules = module._modules
+        self._parameters = module._parameters
+        self._buffers = module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        self.__dict__["run"] = module
+        self.kind = kind
+        self.in_spec = dissected.captured.in_spec
+        self.out_spec = dissected.captured.out_spec
+        self.literals = tuple(None if output.value is not None else (output.literal,) for output in dissected.outputs)
+
+    @property
+    def graph(self) -> fx.Graph:
+        graph: fx.Graph = self.__dict__["run"].graph
+        return graph
+
+    @property
+    def code(self) -> str:
+        code: str = self.__dict__["run"].code
+        return code
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Form:
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(self, *args: Any) -> Any:
+        given = self.in_spec.child(0).num_children
+        if len(args) < given:
+            raise TypeError(f"the {self.kind} form takes {given} input{'s' * (given > 1)}, not {len(args)}")
+        inputs = pytree.tree_leaves(args[:given])
+        caches = args[given:]
+        values = self.__dict__["run"](*inputs, *caches)
+        count = sum(literal is None for literal in self.literals)
+        outputs = iter(values[:count])
+        leaves = [next(outputs) if literal is None else literal[0] for literal in self.literals]
+        result = pytree.tree_unflatten(leaves, self.out_spec)
+        return result if self.kind == "clip" else (result, *values[count:])
+
+
+class Join(nn.Module):
+    """Puts the time axis of an output back where the original has it."""
+
+    def __init__(self, axes: ledger.Axes) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        return ledger.join(x, self.axes, frames)
+
+
+def build(dissected: Dissected, kind: Kind) -> Form:
+    """The template as a clip form, a chunk form or a step form."""
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    placeholders = [graph.placeholder(node.name) for node in dissected.inputs]
+    caches = caches_of(dissected)
+    held = [graph.placeholder(cache.name.replace(".", "_")) for cache in caches] if kind != "clip" else []
+    frames: fx.Node | None = None
+    if kind == "step":
+        env.update(zip(dissected.inputs, placeholders, strict=True))
+    else:
+        timed = next(index for index, dim in enumerate(dissected.time_dims) if dim is not None)
+        frames = graph.call_method("size", (placeholders[timed], dissected.time_dims[timed]))
+        for node, placeholder, dim in zip(dissected.inputs, placeholders, dissected.time_dims, strict=True):
+            env[node] = graph.call_function(ledger.split, (placeholder, dim, frames))
+    new: list[fx.Node] = []
+    for node in dissected.graph.nodes:
+        if node.op == "placeholder" or node.op == "output":
+            continue
+        copied = graph.node_copy(node, env.__getitem__)
+        env[node] = copied
+        module = dissected.root.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, Primitive):
+            continue
+        kwargs: dict[str, Any] = {"frames": frames}
+        count = len(module.specs)
+        if count and held:
+            kwargs["caches"] = tuple(held[len(new) : len(new) + count])
+        copied.kwargs = {**copied.kwargs, **kwargs}
+        if count:
+            env[node] = graph.call_function(operator.getitem, (copied, 0))
+            made = graph.call_function(operator.getitem, (copied, 1))
+            new += [graph.call_function(operator.getitem, (made, index)) for index in range(count)]
+    outputs = []
+    for output in dissected.outputs:
+        if output.value is None:
+            continue
+        value = env.get(output.value.node, None)
+        if output.value.constant:
+            value = env[output.value.node]
+        elif kind != "step":
+            path = f"temporal.output_{len(outputs)}"
+            if "temporal" not in dissected.root._modules:
+                dissected.root.add_module("temporal", nn.Module())
+            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(output.value.axes))
+            value = graph.call_module(path, (value, frames))
+        outputs.append(value)
+    graph.output((*outputs, *(new if kind != "clip" else ())))
+    if kind == "clip":
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    name = f"{dissected.captured.name}{kind.title()}"
+    return Form(dissected.root, graph, kind, dissected, name)
+
+
+def fresh(caches: Sequence[Cache], batch: int, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, ...]:
+    """The caches of fresh streams: all zeros."""
+    return tuple(cache.spec.zeros(batch, dtype, device) for cache in caches)
+
+
+def clock_of(dissected: Dissected) -> Clock | None:
+    """The clock, where one is needed."""
+    found = [module for module in dissected.root.modules() if isinstance(module, Clock)]
+    live = {node.target for node in dissected.graph.nodes if node.op == "call_module"}
+    return found[0] if found and "temporal.clock" in live else None

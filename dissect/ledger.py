@@ -1,0 +1,233 @@
+"""The axis ledger: which dimension of a tensor carries the batch, and which carries time.
+
+Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, or plain space
+``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
+after it was merged into the batch (``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
+
+A *frame tensor* is the same value without its ``N`` and ``T`` factors and with one leading
+dimension that holds all rows: ``N*T`` of them in the clip form, ``N`` in the step form. The law:
+a reshape of the clip is a reshape of the frame tensor, because no factor ever overtakes another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Axes", "Axis", "Factor", "LedgerError", "broadcast", "join", "plain", "reshape", "split"]
+
+
+class LedgerError(Exception):
+    """A reshape that cuts through the batch or the time axis; the caller says where it happened."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a dimension: ``kind`` is ``"N"``, ``"T"`` or ``"S"``; ``size`` is the example's."""
+
+    kind: Literal["N", "T", "S"]
+    size: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a tensor, an ordered product of factors; no factor at all means size 1."""
+
+    factors: tuple[Factor, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return prod(factor.size for factor in self.factors)
+
+    @property
+    def kinds(self) -> str:
+        return "".join(factor.kind for factor in self.factors)
+
+    @property
+    def plain(self) -> bool:
+        """Neither batch nor time is in it."""
+        return all(factor.kind == "S" for factor in self.factors)
+
+    @property
+    def dropped(self) -> bool:
+        """Nothing but batch and time: a frame tensor does not have this dimension."""
+        return bool(self.factors) and all(factor.kind != "S" for factor in self.factors)
+
+    @property
+    def is_time(self) -> bool:
+        return self.kinds == "T"
+
+    @property
+    def space(self) -> int:
+        """The size left in a frame tensor."""
+        return prod(factor.size for factor in self.factors if factor.kind == "S")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The ledger of one tensor: its dimensions in order."""
+
+    dims: tuple[Axis, ...]
+
+    def __len__(self) -> int:
+        return len(self.dims)
+
+    def __getitem__(self, dim: int) -> Axis:
+        return self.dims[dim]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.dims)
+
+    @property
+    def kinds(self) -> str:
+        return "".join(axis.kinds for axis in self.dims)
+
+    @property
+    def time(self) -> int | None:
+        """The dimension that carries time, alone or merged; None where time has ended."""
+        return next((dim for dim, axis in enumerate(self.dims) if "T" in axis.kinds), None)
+
+    @property
+    def frame(self) -> tuple[int, ...]:
+        """The shape of a frame tensor, without its leading dimension."""
+        return tuple(axis.space for axis in self.dims if not axis.dropped)
+
+    def kept(self, dim: int) -> int | None:
+        """Where dimension ``dim`` stands in a frame tensor *without* its leading dimension."""
+        if self.dims[dim].dropped:
+            return None
+        return sum(1 for axis in self.dims[:dim] if not axis.dropped)
+
+    def replace(self, dim: int, axis: Axis) -> Axes:
+        return Axes((*self.dims[:dim], axis, *self.dims[dim + 1 :]))
+
+    def sized(self, shape: Sequence[int]) -> Axes:
+        """The same ledger after an operator that changed sizes in place (a convolution, a pool)."""
+        dims = []
+        for axis, size in zip(self.dims, shape, strict=True):
+            if axis.plain:
+                dims.append(plain_axis(size))
+            elif axis.size == size:
+                dims.append(axis)
+            elif axis.is_time:
+                dims.append(Axis((Factor("T", size),)))
+            else:
+                raise LedgerError(f"the operator resizes a dimension of {axis.kinds} from {axis.size} to {size}")
+        return Axes(tuple(dims))
+
+
+def plain_axis(size: int) -> Axis:
+    return Axis(() if size == 1 else (Factor("S", size),))
+
+
+def plain(shape: Iterable[int]) -> Axes:
+    """The ledger of a constant: space alone."""
+    return Axes(tuple(plain_axis(size) for size in shape))
+
+
+def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
+    """The ledger after ``view``/``reshape`` to ``shape``: factors are dealt out in order.
+
+    A plain factor may be split over two dimensions; cutting through batch or time raises
+    :class:`LedgerError`. A time factor of size 1 keeps a dimension of size 1 of its own where
+    the new shape has one at its place, and ends otherwise.
+    """
+    queue = [factor for axis in axes.dims for factor in axis.factors if factor.size > 1 or factor.kind != "S"]
+    dims: list[Axis] = []
+    for size in shape:
+        taken: list[Factor] = []
+        room = size
+        if size == 1 and queue and queue[0].size == 1:
+            taken.append(queue.pop(0))
+        while room > 1:
+            while queue and queue[0].size == 1:
+                ended = queue.pop(0)
+                if ended.kind == "N":
+                    taken.append(ended)
+            if not queue:
+                raise LedgerError(f"{tuple(axes.shape)} does not reshape to {tuple(shape)}")
+            head = queue.pop(0)
+            if room % head.size == 0:
+                taken.append(head)
+                room //= head.size
+                continue
+            share = gcd(room, head.size)
+            if head.kind != "S" or share != room:
+                name = {"N": "batch", "T": "time"}.get(head.kind, "a")
+                raise LedgerError(f"view({', '.join(map(str, shape))}) cuts through the {name} axis of size {head.size}")
+            taken.append(Factor("S", share))
+            queue.insert(0, Factor("S", head.size // share))
+            room = 1
+        dims.append(Axis(tuple(taken)))
+    return Axes(tuple(dims))
+
+
+def broadcast(ledgers: Sequence[Axes]) -> Axes:
+    """The ledger of an elementwise operator's result; raises LedgerError where two axes disagree."""
+    rank = max(len(axes) for axes in ledgers)
+    dims: list[Axis] = []
+    for dim in range(-rank, 0):
+        present = [axes.dims[dim] for axes in ledgers if len(axes) >= -dim]
+        wide = [axis for axis in present if axis.size > 1 or not axis.plain]
+        first = max(wide, key=lambda axis: (axis.size, not axis.plain), default=Axis())
+        for other in wide:
+            if other.size > 1 and other.kinds.replace("S", "") != first.kinds.replace("S", ""):
+                raise LedgerError(f"an axis of {other.kinds or 'S'} meets an axis of {first.kinds or 'S'}")
+        dims.append(first)
+    return Axes(tuple(dims))
+
+
+def aligned_shape(axes: Axes, out: Axes) -> tuple[int, ...]:
+    """The frame shape of an operand, with ones where it broadcasts, so that it meets ``out``'s frame."""
+    pad = len(out) - len(axes)
+    shape = []
+    for dim, axis in enumerate(out.dims):
+        if axis.dropped:
+            continue
+        shape.append(1 if dim < pad or axes.dims[dim - pad].dropped else axes.dims[dim - pad].space)
+    return tuple(shape)
+
+
+def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:
+    """A clip ``(N, ..., T, ...)`` as a frame tensor ``(N*T, ...)``; without a time axis, each row is repeated."""
+    if time_dim is None:
+        return x.repeat_interleave(frames, 0)
+    x = x.movedim(time_dim, 1)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def join(x: Tensor, axes: Axes, frames: int) -> Tensor:
+    """A frame tensor ``(N*T, ...)`` in the original layout; an ended time axis comes back at dimension 2, or last."""
+    parts = [factor for axis in axes.dims for factor in axis.factors]
+    space = [factor.size for factor in parts if factor.kind == "S"]
+    if x.numel() and prod(space) != prod(x.shape[1:]):  # other frame sizes than the example's
+        if any(len(axis.factors) > 1 for axis in axes.dims):
+            raise ValueError("a merged axis keeps the example's frame size")
+        space = [x.shape[1 + kept] for dim, axis in enumerate(axes.dims) if axis.factors and (kept := axes.kept(dim)) is not None]
+    full = x.reshape(-1, frames, *space)
+    order: list[int] = []
+    shape: list[int] = []
+    at = 2
+    for axis in axes.dims:
+        size = 1
+        for factor in axis.factors:
+            if factor.kind == "S":
+                order.append(at)
+                at += 1
+            else:
+                order.append("NT".index(factor.kind))
+            size *= full.shape[order[-1]]
+        shape.append(size)
+    if 0 not in order:
+        raise ValueError("the batch axis is gone")
+    if 1 not in order:
+        dim = min(2, len(shape))
+        order.insert(sum(len(axis.factors) for axis in axes.dims[:dim]), 1)
+        shape.insert(dim, frames)
+    return torch.permute(full, order).reshape(shape)

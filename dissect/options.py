@@ -1,0 +1,215 @@
+"""What the commands of the command line have in common: their options, and what becomes of an error.
+
+Law: exit code 0 is done, 1 a promise that broke (verification), 2 wrong use, an unsupported network or a bug of ours;
+130 is a user's Ctrl-C. An error is one paragraph on standard error; ``--debug`` shows where it comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dissect.errors import DissectError, VerificationError
+from dissect.plan import POOLS, PRESETS
+
+__all__ = ["INPUT", "Commands", "common", "merged", "network", "surgery"]
+
+_DEBUG = "dissect.debug"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """The commands, with the house's exit codes and one paragraph for an error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; errors end it with the code that they deserve."""
+        try:
+            with _remarks():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:  # whoever read standard output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+        except Exception as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            known = isinstance(error, DissectError)
+            text = str(error) if known else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            click.echo(click.style("Error: ", fg="red") + text, err=True)
+            if not known and not ctx.meta.get(_DEBUG):
+                click.echo("This is a bug of dissect. Run it again with --debug to see where, and report that.", err=True)
+            if ctx.meta.get("dissect.json"):
+                click.echo(json.dumps({"ok": False, "error": {"type": type(error).__name__, "message": text}}))
+            ctx.exit(1 if isinstance(error, VerificationError) else 2)
+
+
+class Shapes(click.ParamType):
+    """One input of a network: ``1x3x16x112x112``, or a list of them, ``[1x3x8x224x224,1x3x32x224x224]``."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Sizes as a tuple, or a list of such tuples."""
+        if not isinstance(value, str):
+            return value
+        text = value.replace(" ", "")
+        listed = text.startswith("[") and text.endswith("]")
+        parts = text[1:-1].split(",") if listed else [text]
+        if not all(re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", part) for part in parts):
+            self.fail(f"{value!r} is no shape; write the sizes of a clip with x between: 1x3x16x112x112.", param, ctx)
+        shapes = [tuple(int(size) for size in part.split("x")) for part in parts]
+        return shapes if listed else shapes[0]
+
+
+class Setting(click.ParamType):
+    """An edit of the plan: ``layer1.*.conv1: depth=3`` (more of them after commas)."""
+
+    name = "pattern: key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A pair of the pattern and its settings."""
+        if not isinstance(value, str):
+            return value
+        pattern, colon, rest = value.rpartition(":")
+        settings = dict(part.strip().split("=", 1) for part in rest.split(",") if "=" in part)
+        if not colon or not pattern.strip() or not settings or len(settings) != len(rest.split(",")):
+            self.fail(f"{value!r} is no setting; write 'layer1.*.conv1: depth=3'.", param, ctx)
+        return pattern.strip(), {key.strip(): _number(text.strip()) for key, text in settings.items()}
+
+
+class Arguments(click.ParamType):
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The object as a dict."""
+        if not isinstance(value, str):
+            return value
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON ({error}); write '{{\"num_classes\": 27}}'.", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is no JSON object; write '{{\"num_classes\": 27}}'.", param, ctx)
+        return found
+
+
+INPUT = Shapes()
+
+
+def common(function: Function) -> Function:
+    """``--json`` and ``--debug``."""
+    for option in (
+        click.option(
+            "--debug",
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, _, on: ctx.meta.__setitem__(_DEBUG, on),
+            help="Show where an error comes from.",
+        ),
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            callback=lambda ctx, _, on: ctx.meta.__setitem__("dissect.json", on) or on,
+            help="Print one JSON object and nothing else on standard output.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def network(function: Function) -> Function:
+    """What says which network is meant, and what goes into it."""
+    for option in (
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise in the example clip."),
+        click.option(
+            "--trust", is_flag=True, help="Load a pickled module, though that runs code from the file. Only from where you trust."
+        ),
+        click.option("--arch-args", type=Arguments(), help="Arguments of the factory, as JSON: '{\"num_classes\": 27}'."),
+        click.option("--arch", metavar="PACKAGE.MODULE:FACTORY", help="What builds the network for a state_dict."),
+        click.option(
+            "--input",
+            "shapes",
+            type=INPUT,
+            multiple=True,
+            help="The clip's sizes, batch first [1x3x16x112x112]. Once for each input; a list of inputs in brackets.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def surgery(function: Function) -> Function:
+    """How the network is to be dissected."""
+    for option in (
+        click.option(
+            "--rules", type=click.Path(dir_okay=False, path_type=Path), multiple=True, help="A Python file with converters of your own."
+        ),
+        click.option(
+            "--set",
+            "settings",
+            type=Setting(),
+            multiple=True,
+            help="Edit the plan by path pattern: 'layer1.*.conv1: depth=3'. Repeatable; later ones win.",
+        ),
+        click.option("--window", type=click.IntRange(min=1), help="Positions in the window of a global pool. [the clip's]"),
+        click.option(
+            "--pool",
+            type=click.Choice(POOLS),
+            default="window",
+            show_default=True,
+            help="What a global pool over time becomes.",
+        ),
+        click.option("--time-dim", type=int, default=2, show_default=True, help="The clip's dimension that is time."),
+        click.option(
+            "--preset",
+            type=click.Choice(PRESETS),
+            default="d3d",
+            show_default=True,
+            help="d3d: cheapest, to be trained. causal: no delay. exact: the clip network's own outputs, delayed.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def merged(settings: tuple[tuple[str, Mapping[str, Any]], ...]) -> dict[str, dict[str, Any]]:
+    """The ``--set`` options as overrides, in their order."""
+    found: dict[str, dict[str, Any]] = {}
+    for pattern, values in settings:
+        found[pattern] = {**found.pop(pattern, {}), **values}
+    return found
+
+
+def _number(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings of our own come as one line on standard error; those of libraries do not concern the user."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+        if Path(filename).parent == Path(__file__).parent:
+            click.echo(f"Note: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,92 @@
+"""The registry of converters: which function says how an operator lives in time.
+
+    from dissect import converter
+
+    @converter(torch.ops.aten.relu.default)
+    def relu(ctx, x):
+        return ctx.pointwise(x)
+
+A converter is called with the :class:`~dissect.rewrite.Context` and the operator's own arguments, tensors
+as :class:`~dissect.rewrite.Value`; it returns the operator's result as a Value. Keys are operator
+objects (``torch.ops.aten.relu.default``), never names. Registering twice is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from dissect.errors import DissectError
+
+__all__ = ["converter", "find", "load_rules", "registered"]
+
+Converter = Callable[..., Any]
+
+_CONVERTERS: dict[Any, Converter] = {}
+
+
+def converter(*ops: Any) -> Callable[[Converter], Converter]:
+    """Register the decorated function as the converter of ``ops``; raises DissectError for an operator that has one."""
+
+    def register(function: Converter) -> Converter:
+        for op in ops:
+            if op in _CONVERTERS:
+                raise DissectError(
+                    f"{op} has a converter already ({_CONVERTERS[op].__module__}.{_CONVERTERS[op].__name__}); "
+                    "an operator has one converter"
+                )
+            _CONVERTERS[op] = function
+        return function
+
+    return register
+
+
+def find(op: Any) -> Converter | None:
+    """The converter of an operator, or None."""
+    _load_shipped()
+    return _CONVERTERS.get(op)
+
+
+def registered() -> dict[Any, Converter]:
+    """All converters, by operator."""
+    _load_shipped()
+    return dict(_CONVERTERS)
+
+
+@cache
+def _load_shipped() -> None:
+    try:
+        package = importlib.import_module("dissect.converters")
+    except ModuleNotFoundError as error:
+        raise DissectError(
+            "dissect.converters is not importable: this is a checkout that is not installed; run `pip install -e .` in it"
+        ) from error
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"dissect.converters.{module.name}")
+    for entry in entry_points(group="dissect.converters"):
+        entry.load()
+
+
+def load_rules(path: str | Path) -> None:
+    """Import a user's file of converters (``--rules my_rules.py``); raises DissectError where it fails."""
+    file = Path(path).resolve()
+    name = f"dissect_rules_{abs(hash(file))}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise DissectError(f"{path}: no such Python file of converters")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise error if isinstance(error, DissectError) else DissectError(f"{path}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,667 @@
+"""The rewrite: one walk over the captured graph that traces time, plans, and builds the dissected graph.
+
+The result is one template graph on frame tensors (see :mod:`dissect.ledger`) in which only temporal
+primitives mix time; :mod:`dissect.forms` turns it into the clip form and the step form. Converters do
+the work of each operator through :class:`Context`; they name primitives and know nothing of caches.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+
+from dissect import ledger
+from dissect.capturing import Captured
+from dissect.errors import DissectError, Refusal
+from dissect.ledger import Axes, Axis, Factor, LedgerError
+from dissect.plan import Branches, Options, Row
+from dissect.primitives import Clock, CumulativeMean, Gate, History, Primitive, Query, Tap, WindowReduce
+from dissect.registry import find
+from dissect.timing import Timing, joined
+
+__all__ = ["Context", "Dissected", "Refused", "Value", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor during the walk.
+
+    node     its frame tensor in the template graph (for a constant: the constant, in its original shape)
+    axes     the ledger of the original tensor
+    timing   where its positions lie; None for a constant (a parameter, or what is computed from those alone)
+    tensor   a constant's value
+    name     a parameter's or buffer's original name
+    """
+
+    node: fx.Node
+    axes: Axes
+    timing: Timing | None
+    dtype: torch.dtype
+    tensor: Tensor | None = None
+    name: str | None = None
+
+    @property
+    def constant(self) -> bool:
+        return self.timing is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The original tensor's shape, with the batch of the capture and the example's clip length."""
+        return self.axes.shape
+
+    @property
+    def time(self) -> int | None:
+        return self.axes.time
+
+    @property
+    def clock(self) -> Timing:
+        assert self.timing is not None
+        return self.timing
+
+
+class Refused(Exception):
+    """Raised by a converter: this operator has no streaming form."""
+
+    def __init__(self, reason: str, fix: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class Output:
+    """One leaf of the network's result: its value, or a Python constant."""
+
+    value: Value | None
+    literal: Any = None
+
+
+@dataclass(frozen=True)
+class Dissected:
+    """The template graph and all that was learnt on the way."""
+
+    root: nn.Module
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    time_dims: tuple[int | None, ...]
+    input_axes: tuple[Axes, ...]
+    outputs: tuple[Output, ...]
+    rows: tuple[Row, ...]
+    refusals: tuple[Refusal, ...]
+    captured: Captured
+
+
+class _Poison:
+    """Stands for the result of a refused operator, so that one walk finds all refusals."""
+
+
+POISON = _Poison()
+
+
+class Context:
+    """What a converter sees: the node at hand, the options, and the tools to build its frame-wise form."""
+
+    def __init__(self, captured: Captured, options: Options) -> None:
+        self.captured = captured
+        self.options = options
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.node: fx.Node = next(iter(captured.graph.nodes))
+        self.path = ""
+        self.rows: list[Row] = []
+        self.frames = 0
+        self.like: fx.Node | None = None
+        self.clock: tuple[Clock, fx.Node] | None = None
+        self.branches: Branches | None = None
+        self.temporal: set[Any] = set()
+        self.element_size = 4
+        self._histories: dict[fx.Node, tuple[History, fx.Node]] = {}
+        self._gates: dict[tuple[fx.Node, float], Value] = {}
+        self._masks: dict[int, fx.Node] = {}
+        self._gets: dict[str, fx.Node] = {}
+        self._installed: set[str] = set()
+
+    # -- facts
+
+    @property
+    def preset(self) -> str:
+        return self.options.preset
+
+    @property
+    def exact(self) -> bool:
+        """Positions stay where they are, and the clip's edges are kept by gates and delays."""
+        return self.options.preset == "exact"
+
+    @property
+    def source(self) -> str:
+        return source_of(self.node)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape that the original operator gave for the example."""
+        return tuple(int(size) for size in self.node.meta["val"].shape)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The overrides for the layer at hand."""
+        return self.options.of(self.path)
+
+    def row(self, decision: str, *, exact: bool, reason: str = "", **facts: Any) -> None:
+        """Record what becomes of the node at hand."""
+        op = op_name(self.node.target)
+        verdict = "exact" if exact else "approximate"
+        self.rows.append(Row(self.path, op, decision, verdict, reason, source=self.source, **facts))
+
+    # -- building
+
+    def arg(self, value: Any) -> Any:
+        return map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, Value) else leaf)  # type: ignore[arg-type]
+
+    def call(self, target: Callable[..., Any], args: Sequence[Any], axes: Axes, timing: Timing | None, dtype: torch.dtype, **kwargs: Any) -> Value:
+        """Emit one frame-wise operator."""
+        node = self.graph.call_function(target, self.arg(tuple(args)), self.arg(kwargs))
+        return Value(node, axes, timing, dtype)
+
+    def module(self, path: str, module: nn.Module, args: Sequence[Any], axes: Axes, timing: Timing, dtype: torch.dtype, **kwargs: Any) -> Value:
+        """Emit a call of ``module``, installed at ``path``."""
+        node = self.graph.call_module(self.install(path, module), self.arg(tuple(args)), self.arg(kwargs))
+        node.meta["path"] = self.path
+        return Value(node, axes, timing, dtype)
+
+    def primitive(self, name: str, module: Primitive, args: Sequence[Any], axes: Axes, timing: Timing, dtype: torch.dtype, **kwargs: Any) -> Value:
+        """Emit a primitive without parameters; it is installed under ``temporal``, named after the layer."""
+        return self.module(self.free(name), module, args, axes, timing, dtype, **kwargs)
+
+    def free(self, name: str) -> str:
+        stem = f"temporal.{(self.path or 'top').replace('.', '_')}_{name}"
+        path, count = stem, 1
+        while path in self._installed:
+            count += 1
+            path = f"{stem}_{count}"
+        return path
+
+    def layer(self, kind: Callable[..., nn.Module], weights: Mapping[str, Value | None]) -> tuple[str, nn.Module] | None:
+        """The module for a layer whose tensors are all its own: its original path and ``kind(**tensors)``.
+
+        None where the tensors are computed, shared with an earlier use, or named otherwise; they are then passed as arguments.
+        """
+        given = {leaf: value for leaf, value in weights.items() if value is not None}
+        paths = set()
+        for leaf, value in given.items():
+            if value.name is None or value.name.rpartition(".")[2] != leaf:
+                return None
+            paths.add(value.name.rpartition(".")[0])
+        if len(paths) != 1:
+            return None
+        path = paths.pop()
+        if not path or path in self._installed or any(self.has(f"{path}.{leaf}") for leaf in given):
+            return None
+        tensors = {leaf: None if value is None else value.tensor.detach().clone() for leaf, value in weights.items()}  # type: ignore[union-attr]
+        return path, kind(**tensors)
+
+    def install(self, path: str, module: nn.Module) -> str:
+        owner, _, leaf = path.rpartition(".")
+        parent = self.container(owner)
+        old = parent._modules.get(leaf)
+        if old is not None:
+            for name, child in old.named_children():
+                module.add_module(name, child)
+        parent.add_module(leaf, module)
+        self._installed.add(path)
+        return path
+
+    def container(self, path: str) -> nn.Module:
+        module = self.root
+        for atom in path.split(".") if path else ():
+            if atom not in module._modules:
+                module.add_module(atom, nn.Module())
+            child = module._modules[atom]
+            assert child is not None
+            module = child
+        return module
+
+    def has(self, name: str) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        module: nn.Module | None = self.root
+        for atom in owner.split(".") if owner else ():
+            module = module._modules.get(atom) if module is not None else None
+        return module is not None and (leaf in module._parameters or leaf in module._buffers)
+
+    def get(self, name: str, tensor: Tensor) -> fx.Node:
+        """A parameter or buffer by its original name; installed only if a node reads it in the end."""
+        if name not in self._gets:
+            self._gets[name] = self.graph.create_node("get_attr", name)
+        return self._gets[name]
+
+    def constant(self, tensor: Tensor, name: str = "constant") -> Value:
+        """A new constant tensor."""
+        path = self.free(name)
+        self._installed.add(path)
+        owner, _, leaf = path.rpartition(".")
+        self.container(owner).register_buffer(leaf, tensor, persistent=False)
+        node = self.graph.create_node("get_attr", path)
+        return Value(node, ledger.plain(tensor.shape), None, tensor.dtype, tensor)
+
+    # -- shapes
+
+    def reframe(self, value: Value, axes: Axes) -> Value:
+        """The same numbers under another ledger: a reshape of the frame tensor where its shape changes."""
+        if value.constant:
+            raise TypeError("a constant is reshaped as it is")
+        if value.axes.frame == axes.frame:
+            return replace(value, axes=axes)
+        node = self.graph.call_function(torch.reshape, (value.node, (-1, *axes.frame)))
+        return replace(value, node=node, axes=axes)
+
+    def broadcast(self, values: Sequence[Value]) -> tuple[list[Value], Axes]:
+        """Operands of an elementwise operator as frame tensors that broadcast; the result's ledger."""
+        moving = [value for value in values if not value.constant]
+        out = ledger.broadcast([value.axes for value in moving])
+        shape = torch.broadcast_shapes(*[value.shape for value in values])
+        if len(shape) > len(out):
+            out = Axes((*(Axis() for _ in range(len(shape) - len(out))), *out.dims))
+        out = Axes(tuple(axis if axis.size == size else ledger.plain_axis(size) for axis, size in zip(out.dims, shape, strict=True)))
+        operands = []
+        for value in values:
+            if value.constant:
+                operands.append(self.conform(value, out))
+                continue
+            wanted = ledger.aligned_shape(value.axes, out)
+            if wanted != value.axes.frame:
+                value = replace(value, node=self.graph.call_function(torch.reshape, (value.node, (-1, *wanted))))
+            operands.append(value)
+        return operands, out
+
+    def conform(self, value: Value, out: Axes) -> Value:
+        """A constant as an operand of a frame tensor with ledger ``out``: batch and time dimensions are taken out.
+
+        Refuses a constant that differs from frame to frame or from row to row.
+        """
+        assert value.tensor is not None
+        tensor, node = value.tensor, value.node
+        pad = len(out) - tensor.dim()
+        shape: list[int] = []
+        for dim, axis in enumerate(out.dims):
+            if dim < pad:
+                if not axis.dropped:
+                    shape.append(1)
+                continue
+            at = dim - pad
+            if not axis.plain and tensor.shape[at] > 1:
+                if axis.space > 1:
+                    raise Refused("a constant over an axis that merges time with space")
+                if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+                    raise Refused(
+                        "a constant that differs from frame to frame of the clip (a position in the clip has no meaning in a stream)"
+                        if "T" in axis.kinds
+                        else "a constant that differs from row to row of the batch"
+                    )
+                node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
+                tensor = tensor.narrow(at, 0, 1)
+            if not axis.dropped:
+                shape.append(tensor.shape[at])
+        while shape and shape[0] == 1 and len(shape) > 1:
+            shape.pop(0)
+        if tensor.dim() and tuple(tensor.shape) != tuple(shape):
+            node = self.graph.call_function(torch.reshape, (node, tuple(shape)))
+        return replace(value, node=node, tensor=tensor)
+
+    # -- time
+
+    def align(self, values: Sequence[Value]) -> tuple[list[Value], Timing]:
+        """Bring operands to one delay (they wait for the latest); refuses operands of different strides."""
+        moving = [value for value in values if not value.constant]
+        strides = {value.clock.stride for value in moving}
+        if len(strides) > 1:
+            raise Refused(
+                f"its operands have temporal strides {' and '.join(map(str, sorted(strides)))}, so their positions do not meet",
+            )
+        ready = [self.settled(value) for value in moving]
+        latest = max(value.clock.delay for value in ready)
+        waits = [latest - value.clock.delay for value in ready]
+        if any(waits):
+            self.row(f"wait {max(waits)} frames to meet", exact=True)
+        done = iter([self.delay(value, latest - value.clock.delay) for value in ready])
+        out = [value if value.constant else next(done) for value in values]
+        clocks = [value.clock for value in out if not value.constant]
+        return out, clocks[0] if len(clocks) == 1 else joined(clocks)
+
+    def settled(self, value: Value) -> Value:
+        """A value whose position 0 is not before the stream (it is, behind a zero padding): delayed until it is not."""
+        return self.delay(value, -value.clock.delay) if value.clock.delay < 0 else value
+
+    def history(self, value: Value, depth: int) -> fx.Node:
+        """The last ``depth`` values of ``value`` and the present one, for primitives that read the past."""
+        if value.node not in self._histories:
+            module = History(value.axes.frame, 0)
+            path = self.install(self.free("history"), module)
+            node = self.graph.call_module(path, (value.node,))
+            node.meta["path"] = self.path
+            self._histories[value.node] = (module, node)
+        module, node = self._histories[value.node]
+        module.depth = max(module.depth, depth)
+        return node
+
+    def delay(self, value: Value, frames: int) -> Value:
+        """The value as it was ``frames`` frames ago."""
+        if frames == 0 or value.constant:
+            return value
+        source = self._gates.get((value.node, 0.0), value)
+        history = self.history(source, frames)
+        clock = value.clock
+        timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0))
+        return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), value.axes, timing, value.dtype)
+
+    def ask(self, query: Query) -> fx.Node:
+        """The clock's answer to a question, ``(rows,)``."""
+        if self.clock is None:
+            clock = Clock()
+            assert self.like is not None
+            node = self.graph.call_module(self.install("temporal.clock", clock), (self.like,))
+            node.meta["path"] = "clock"
+            self.clock = (clock, node)
+        index = self.clock[0].ask(query)
+        if index not in self._masks:
+            self._masks[index] = self.graph.call_function(operator.getitem, (self.clock[1], index))
+        return self._masks[index]
+
+    def inside(self, timing: Timing, shift: int = 0, positions: int = 1, phase: bool = False, widen: tuple[int, int] = (0, 0)) -> fx.Node:
+        """How many of the last ``positions`` positions, seen from ``shift`` frames ago, are the value's own (1 or 0, for one)."""
+        length = timing.length.then(widen[0] + widen[1] - 1) if self.exact else None
+        delay = timing.delay - widen[0] * timing.stride
+        return self.ask(Query(delay, timing.stride, length, shift, positions, phase))
+
+    def gate(self, value: Value, fill: float = 0.0) -> Value:
+        """The value with ``fill`` outside its positions, as a padding shows it. Presets without delay need none."""
+        if value.clock.fill == fill:
+            return value
+        if not self.exact:
+            if fill == 0.0:  # nothing but the zeros of fresh caches lies before position 0
+                return replace(value, timing=value.clock.but(fill=0.0))
+            value = self.delay(value, 0)
+        key = (value.node, fill)
+        if key not in self._gates:
+            mask = self.inside(value.clock)
+            timing = value.clock.but(fill=fill)
+            self._gates[key] = self.primitive("gate", Gate(fill), (value, mask), value.axes, timing, value.dtype)
+        return replace(self._gates[key], axes=value.axes)
+
+    def pool_time(self, value: Value, kind: str, axes: Axes, *, op: str = "", count: int | None = None, scale: float = 1.0) -> Value:
+        """A mean, sum, max or min over all of time becomes one over a window, or cumulative, or none.
+
+        ``value`` is already reduced inside the frame; ``axes`` is the ledger of the result.
+        """
+        clock = value.clock
+        positions = count if count is not None else clock.length(self.frames)
+        settings = self.settings
+        policy = settings.get("pool", "window" if "window" in settings else self.options.pool)
+        window = settings.get("window", self.options.window)
+        if self.preset == "d3d":
+            positions = min(positions * clock.removed, self.frames) if positions > 1 else positions
+        positions, given = (window, True) if window is not None else (positions, False)
+        stride = clock.stride
+        value = self.settled(value)
+        clock = value.clock
+        timing = clock.plain()
+        facts: dict[str, Any] = {"kernel": count or clock.length(self.frames), "stride": stride}
+        if policy == "none" or (policy == "window" and positions == 1):
+            exact = policy == "window" and not given and not clock.removed > 1
+            why = "" if exact else "every frame for itself"
+            self.row("per frame", exact=exact, reason=why, **facts)
+            return replace(value, axes=axes, timing=timing)
+        if policy == "cumulative":
+            value = self.settled(value)
+            phased = self.exact and stride > 1
+            masked = (self.inside(clock, phase=phased),) if self.exact else ()
+            before = CumulativeMean(value.axes.frame, kind="mean" if kind == "sum" else kind)
+            out = self.primitive("pool", before, (value, *masked), axes, timing.but(old=clock.old), value.dtype)
+            self.row(
+                "cumulative " + kind,
+                exact=self.exact,
+                reason="" if self.exact else "over all frames so far",
+                **facts,
+            )
+            return out if kind != "sum" else self.call(torch.mul, (out, facts["kernel"]), axes, out.timing, out.dtype)
+        ages = tuple(index * stride for index in reversed(range(positions)))
+        exact = self.exact and not given
+        note = f"window of {positions}" + (f" at stride {stride}" if stride > 1 else "")
+        if kind in ("max", "min"):
+            masks = () if clock.nonneg and kind == "max" else tuple(self.inside(clock, age) for age in ages)
+            value = self.gate(value) if not masks else value
+            extra: dict[str, Any] = {"masks": masks} if masks else {}
+            reduce = WindowReduce(kind, ages)
+        else:
+            value = self.gate(value)
+            seen = self.inside(clock, positions=positions)
+            whole = kind == "sum" and self.exact
+            extra = {} if whole else {"count": seen}
+            reduce = WindowReduce("sum" if whole else "mean", ages)
+        history = self.history(value, ages[0])
+        out = self.primitive("pool", reduce, (history,), axes, timing.but(old=clock.old + ages[0]), value.dtype, **extra)
+        self.row(
+            f"{note}, {kind}",
+            exact=exact,
+            reason="" if exact else "the last positions instead of the clip's",
+            **facts,
+        )
+        if kind == "sum" and not self.exact:
+            return self.call(torch.mul, (out, facts["kernel"]), axes, out.timing, out.dtype)
+        return out
+
+    def bytes(self, frame: Iterable[int]) -> int:
+        """Bytes of one frame tensor of one stream."""
+        size = self.element_size
+        for length in frame:
+            size *= length
+        return size
+
+    def depth(self, kernel: int) -> int:
+        """Taps that the preset keeps of a temporal convolution with ``kernel`` taps, unless an override says otherwise."""
+        asked: int | None = self.settings.get("depth")
+        if self.preset == "d3d" and asked is None:
+            assert self.branches is not None
+            others = self.temporal - {self.node}
+            if not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others):
+                asked = 3
+            else:
+                asked = 2 if self.branches.first(self.node, others) else 1
+        self.temporal.add(self.node)
+        return min(kernel, asked if asked is not None else kernel)
+
+
+def op_name(target: Any) -> str:
+    """``aten.conv3d`` for ``torch.ops.aten.conv3d.default``."""
+    return re.sub(r"\.(default|Tensor|int|dim|using_ints|padding|Scalar|vec|input)$", "", str(target))
+
+
+def source_of(node: fx.Node) -> str:
+    """``file.py:12`` of the user's own line that made a node, where the graph knows it."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    for file, line in reversed(lines):
+        if "torch" not in Path(file).parts:
+            return f"{Path(file).name}:{line}"
+    return ""
+
+
+def path_of(node: fx.Node, captured: Captured) -> str:
+    """The module path of a node: where its parameters live, or the module that ran it."""
+    for arg in node.all_input_nodes:
+        held = captured.tensors.get(arg.name)
+        if held is not None and arg.op == "placeholder" and node.meta.get("nn_module_stack") is None:
+            return held[0].rpartition(".")[0]
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
+
+
+def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[Any]]:
+    aten = torch.ops.aten
+    active: dict[Any, list[Any]] = {}
+    merges, strided = [], []
+    for node in captured.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in captured.inputs:
+                active[node] = []
+        elif node.op == "call_function":
+            reads = [arg for arg in dict.fromkeys(node.all_input_nodes) if arg in active]
+            if not reads:
+                continue
+            active[node] = reads
+            shape = getattr(node.meta.get("val"), "shape", None)
+            wide = [arg for arg in reads if getattr(arg.meta.get("val"), "shape", None) is not None]
+            if len(wide) > 1 and node.target in (aten.add.Tensor, aten.cat.default):
+                if node.target is aten.cat.default or all(arg.meta["val"].shape == shape for arg in wide):
+                    merges.append(node)
+            before = getattr(wide[0].meta["val"], "shape", ()) if wide else ()
+            if shape is not None and len(shape) == len(before) and len(shape) > 3 and any(
+                after < size for after, size in zip(shape[2:], before[2:], strict=True)
+            ):
+                strided.append(node)
+    return active, merges, strided
+
+
+def rewrite(captured: Captured, options: Options, time_dims: Sequence[int | None]) -> Dissected:
+    """Walk the captured graph once and build the template; refusals are collected, not raised."""
+    ctx = Context(captured, options)
+    active, merges, strided = _merges(captured)
+    ctx.branches = Branches(active, merges, strided)
+    values: dict[fx.Node, Any] = {}
+    refusals: list[Refusal] = []
+    inputs: list[fx.Node] = []
+    input_axes: list[Axes] = []
+    outputs: list[Output] = []
+    users = [node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs]
+    for node, dim in zip(users, time_dims, strict=True):
+        tensor = node.meta["val"]
+        dims = [ledger.plain_axis(int(size)) for size in tensor.shape]
+        dims[0] = Axis((Factor("N", captured.batch),))
+        if dim is not None:
+            dims[dim] = Axis((Factor("T", int(tensor.shape[dim])),))
+            ctx.frames = max(ctx.frames, int(tensor.shape[dim]))
+            if tensor.is_floating_point():
+                ctx.element_size = tensor.element_size()
+        placeholder = ctx.graph.placeholder(node.name)
+        axes = Axes(tuple(dims))
+        inputs.append(placeholder)
+        input_axes.append(axes)
+        values[node] = Value(placeholder, axes, Timing(fill=0.0, nonneg=not tensor.is_floating_point()), tensor.dtype)
+        if ctx.like is None and dim is not None:
+            ctx.like = placeholder
+    for node in captured.graph.nodes:
+        ctx.node = node
+        if node.op == "placeholder":
+            if node.name in captured.tensors:
+                name, tensor = captured.tensors[node.name]
+                values[node] = Value(ctx.get(name, tensor), ledger.plain(tensor.shape), None, tensor.dtype, tensor, name)
+            continue
+        if node.op == "output":
+            flat = node.args[0]
+            outputs = [Output(values[leaf]) if isinstance(leaf, fx.Node) else Output(None, leaf) for leaf in flat]
+            continue
+        ctx.path = path_of(node, captured)
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        try:
+            values[node] = _convert(ctx, node, list(args), dict(kwargs))
+        except (Refused, LedgerError) as refused:
+            fix = refused.fix if isinstance(refused, Refused) else "reshape batch and time as whole axes"
+            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), fix, ctx.source))
+            values[node] = POISON
+    if not refusals:
+        _finish(ctx, values, outputs)
+    return Dissected(
+        ctx.root, ctx.graph, tuple(inputs), tuple(time_dims), tuple(input_axes), tuple(outputs), tuple(ctx.rows), tuple(refusals), captured
+    )
+
+
+def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if node.op == "get_attr" or node.op == "call_module":
+        raise Refused("control flow that depends on data (a sub-graph) has no step form", "take the branch out of the forward")
+    leaves: list[Any] = []
+    map_aggregate((args, kwargs), leaves.append)  # type: ignore[arg-type]
+    if any(leaf is POISON for leaf in leaves):
+        return POISON
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    held = [leaf for leaf in leaves if isinstance(leaf, Value)]
+    if all(value.constant for value in held):
+        return _constant(ctx, node, args, kwargs)
+    found = find(node.target)
+    if found is None:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise Refused("control flow inside the graph has no step form", "take it out of the forward")
+        raise Refused(
+            "no converter for this operator",
+            f"register one with @dissect.converter(torch.ops.{op_name(node.target)}...) in a file given by --rules",
+        )
+    return found(ctx, *args, **kwargs)
+
+
+def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """An operator on constants alone: evaluated now, and emitted, so that training reaches the parameters behind it."""
+    tensors, tensor_kwargs = map_aggregate((args, kwargs), lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf)  # type: ignore[arg-type]
+    if "device" in kwargs:
+        tensor_kwargs = {**tensor_kwargs, "device": torch.device("cpu")}
+    with torch.no_grad():
+        result = node.target(*tensors, **tensor_kwargs)  # type: ignore[operator]
+    emitted = ctx.graph.call_function(node.target, ctx.arg(tuple(args)), ctx.arg(kwargs))  # type: ignore[arg-type]
+    if isinstance(result, Tensor):
+        return Value(emitted, ledger.plain(result.shape), None, result.dtype, result)
+    if isinstance(result, (tuple, list)):
+        parts = []
+        for index, part in enumerate(result):
+            item = ctx.graph.call_function(operator.getitem, (emitted, index))
+            parts.append(Value(item, ledger.plain(part.shape), None, part.dtype, part) if isinstance(part, Tensor) else part)
+        return tuple(parts)
+    return result
+
+
+def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) -> None:
+    """Bring the outputs to one delay, write the output node, install what is read, drop what is not."""
+    moving = [output.value for output in outputs if output.value is not None and not output.value.constant]
+    if not moving:
+        raise DissectError("the network's output does not depend on the clip; there is nothing to stream")
+    ctx.path = "output"
+    latest = max(0, *(value.clock.delay for value in moving))
+    for index, output in enumerate(outputs):
+        if output.value is not None and not output.value.constant:
+            outputs[index] = Output(ctx.delay(output.value, latest - output.value.clock.delay))
+    ctx.graph.output(tuple(output.value.node for output in outputs if output.value is not None))
+    ctx.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    live = {node.target for node in ctx.graph.nodes if node.op == "get_attr"}
+    for name, tensor in ctx.captured.tensors.values():
+        if name in live and not ctx.has(name):
+            owner, _, leaf = name.rpartition(".")
+            home = ctx.container(owner)
+            if name in ctx.captured.state and isinstance(ctx.captured.state[name], nn.Parameter):
+                home.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+            else:
+                home.register_buffer(leaf, tensor.detach().clone(), persistent=name in ctx.captured.state)
+    if ctx.clock is not None:
+        clock = ctx.clock[0]
+        # Length expressions are linear in whole periods, so an age may turn back by one once every delay lies behind it.
+        clock.period = lcm(*(query.stride for query in clock.queries)) if clock.flushes or clock.phased else 1
+        reach = max(query.delay + query.shift + query.stride * (query.positions + 1) for query in clock.queries)
+        clock.settled = -(-(max(reach, 0) + 1) // clock.period) * clock.period
+    _account(ctx)
+
+
+def _account(ctx: Context) -> None:
+    """Write each live cache into the row of the layer that first asked for it."""
+    for node in ctx.graph.nodes:
+        module = ctx.root.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, Primitive) or isinstance(module, Clock) or not module.specs:
+            continue
+        size = sum(ctx.bytes(spec.shape) for spec in module.specs)
+        for index, row in enumerate(ctx.rows):
+            if row.path == node.meta["path"] and not row.cache_bytes:
+                ctx.rows[index] = replace(row, cache_shape=module.specs[0].shape, cache_bytes=size)
+                break

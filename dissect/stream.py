@@ -1,0 +1,229 @@
+"""The stream: a network dissected, in its clip form and its step form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+
+from dissect import forms
+from dissect.capturing import capture, copied
+from dissect.errors import NotStreamable, PlanError
+from dissect.plan import Options, Plan
+from dissect.rewrite import Dissected, rewrite
+from dissect.timing import Timing
+
+__all__ = ["Stream", "StreamTiming", "convert", "plan"]
+
+
+@dataclass(frozen=True)
+class StreamTiming:
+    """Timing of the whole network, in frames.
+
+    delay            frames between a frame's arrival and the output of its position
+    receptive_field  frames that one output depends on
+    warmup           first outputs' frames, until the receptive field lies inside the stream
+    stride           frames between two positions of the offline output
+    """
+
+    delay: int
+    receptive_field: int
+    warmup: int
+    stride: int
+
+
+class Stream:
+    """A dissected network.
+
+    clip, step       its two forms, :class:`torch.nn.Module`; they share parameters
+    plan             what became of each layer
+    timing           delay, receptive field, warm-up and stride in frames
+    example          the inputs it was converted with
+    """
+
+    def __init__(self, dissected: Dissected, options: Options, example: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.dissected = dissected
+        self.options = options
+        self.example = example
+        self.plan = Plan(options.preset, dissected.rows)
+        self.cache_list = forms.caches_of(dissected)
+        self.clip = forms.build(dissected, "clip")
+        self.step = forms.build(dissected, "step")
+        self.chunk = forms.build(dissected, "chunk")
+        for form in (self.clip, self.step, self.chunk):
+            form.eval()
+        self._dtype, self._device = dtype, device
+        self.leaf_timings: tuple[Timing, ...] = tuple(
+            output.value.clock for output in dissected.outputs if output.value is not None and not output.value.constant
+        )
+        delay = max(timing.delay for timing in self.leaf_timings)
+        old = max(timing.old for timing in self.leaf_timings)
+        new = min(timing.new for timing in self.leaf_timings)
+        self.timing = StreamTiming(delay, old - new + 1, old, max(timing.stride for timing in self.leaf_timings))
+        self.preprocess: Any = None
+        self.labels: Sequence[str] | None = None
+
+    def caches(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """The caches of ``batch`` fresh streams: zeros, batch first."""
+        parameter = next(self.clip.parameters(), None)
+        dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else self._dtype
+        return forms.fresh(self.cache_list, batch, dtype, parameter.device if parameter is not None else self._device)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches of one stream."""
+        return sum(cache.numel() * cache.element_size() for cache in self.caches())
+
+    def frame(self, inputs: Sequence[Any], time: int) -> tuple[Any, ...]:
+        """The clip's inputs at one time, as the step form takes them."""
+        leaves = pytree.tree_leaves(tuple(inputs))
+        spec = pytree.tree_structure(tuple(inputs))
+        taken = [leaf if dim is None else leaf.select(dim, time) for leaf, dim in zip(leaves, self.dissected.time_dims, strict=True)]
+        return pytree.tree_unflatten(taken, spec)  # type: ignore[no-any-return]
+
+    def flush_frames(self, frames: int) -> int:
+        """How many steps a flush takes after ``frames`` frames (of zeros, with the ``length`` cache set)."""
+        if not any(cache.spec.role == "length" for cache in self.cache_list):
+            return 0
+        return max(0, max(timing.last(frames) for timing in self.leaf_timings) - (frames - 1))
+
+    def offline(self, *inputs: Any) -> Any:
+        """The outputs of one stream over a whole clip and its flush, without the first ``delay`` frames.
+
+        For the ``exact`` preset every ``timing.stride``-th of them is the original network's own position, and the last one its last.
+        """
+        leaves = pytree.tree_leaves(tuple(inputs))
+        dims = self.dissected.time_dims
+        frames, batch = next((leaf.shape[dim], leaf.shape[0]) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+        extra = self.flush_frames(frames)
+        caches = list(self.caches(batch))
+        for index, cache in enumerate(self.cache_list):
+            if cache.spec.role == "length":
+                caches[index] = torch.full_like(caches[index], frames)
+        padded = []
+        for leaf, dim in zip(leaves, dims, strict=True):
+            if dim is None:
+                padded.append(leaf)
+                continue
+            shape = list(leaf.shape)
+            shape[dim] = extra
+            padded.append(torch.cat([leaf, leaf.new_zeros(shape)], dim))
+        out, *_ = self.chunk(*pytree.tree_unflatten(padded, pytree.tree_structure(tuple(inputs))), *caches)
+        return self.trimmed(out, self.timing.delay)
+
+    def trimmed(self, out: Any, start: int) -> Any:
+        """An output of the clip form without its first ``start`` frames."""
+        leaves = pytree.tree_leaves(out)
+        outputs = [output for output in self.dissected.outputs]
+        cut = []
+        for leaf, output in zip(leaves, outputs, strict=True):
+            if output.value is None or output.value.constant:
+                cut.append(leaf)
+                continue
+            dim = output_time(output.value.axes)
+            cut.append(leaf.narrow(dim, start, max(0, leaf.shape[dim] - start)))
+        return pytree.tree_unflatten(cut, pytree.tree_structure(out))
+
+    def export(self, path: str | Path, **options: Any) -> Path:
+        """Write the step model to ``path``; see :func:`dissect.export`."""
+        from dissect.exporting import export
+
+        return export(self, path, **options)
+
+    def __repr__(self) -> str:
+        return f"Stream({self.dissected.captured.name}, preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes)"
+
+
+def output_time(axes: Any) -> int:
+    """The dimension that carries time in the clip form's output."""
+    return axes.time if axes.time is not None else min(2, len(axes))  # type: ignore[no-any-return]
+
+
+def _surgery(
+    model: nn.Module | ExportedProgram | str | Path,
+    example: Any,
+    preset: str,
+    overrides: Mapping[str, Mapping[str, Any]] | None,
+    pool: str,
+    window: int | None,
+    time_dim: int | Sequence[int | None],
+) -> tuple[Dissected, Options, tuple[Any, ...]]:
+    options = Options.checked(preset, pool, window, overrides)
+    inputs = copied(example)
+    if isinstance(model, (str, Path)):
+        from dissect.loading import load
+
+        model = load(model, example=inputs)
+    leaves = pytree.tree_leaves(inputs)
+    dims: list[int | None] = []
+    for leaf in leaves:
+        dim = time_dim if isinstance(time_dim, int) else time_dim[len(dims)]
+        if not isinstance(leaf, Tensor) or dim is None or leaf.dim() <= dim:
+            dims.append(None)
+            continue
+        if dim % leaf.dim() == 0:
+            raise PlanError(f"time_dim={dim} is the batch of an input of shape {tuple(leaf.shape)}; the batch comes first, time after it")
+        dims.append(dim % leaf.dim())
+    if all(dim is None for dim in dims):
+        raise PlanError(f"no input has a dimension {time_dim}: give a clip, for instance torch.randn(1, 3, 16, 112, 112), and its time_dim")
+    dissected = rewrite(capture(model, inputs), options, dims)
+    matched = {pattern for pattern in options.overrides for row in dissected.rows if options.of(row.path) and _fits(row.path, pattern)}
+    if not dissected.refusals and (idle := set(options.overrides) - matched):
+        paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
+        raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
+    return dissected, options, inputs
+
+
+def _fits(path: str, pattern: str) -> bool:
+    from fnmatch import fnmatchcase
+
+    return fnmatchcase(path, pattern)
+
+
+def convert(
+    model: nn.Module | ExportedProgram | str | Path,
+    example: Any,
+    preset: str = "d3d",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    pool: str = "window",
+    window: int | None = None,
+    time_dim: int | Sequence[int | None] = 2,
+) -> Stream:
+    """Dissect a network: the same network, one frame at a time.
+
+    ``model`` is a module, an exported program, or a file of either; it is not changed. ``example`` is the clip
+    tensor, batch first, or a tuple of the model's inputs (which may hold lists); its values do not matter, its
+    length sets the window of global pools. ``time_dim`` is the clip's time dimension (one for every input, or
+    one each). ``overrides`` maps path patterns to settings, ``{"layer1.*.conv1": {"depth": 3}}``.
+
+    Raises :class:`~dissect.CaptureError` where torch.export cannot take the network, :class:`~dissect.NotStreamable` with
+    all operators that have no streaming form, :class:`~dissect.PlanError` for options that fit nothing.
+    """
+    dissected, options, inputs = _surgery(model, example, preset, overrides, pool, window, time_dim)
+    if dissected.refusals:
+        raise NotStreamable(dissected.refusals)
+    leaf = next(leaf for leaf, dim in zip(pytree.tree_leaves(inputs), dissected.time_dims, strict=True) if dim is not None)
+    dtype = leaf.dtype if leaf.is_floating_point() else torch.get_default_dtype()
+    return Stream(dissected, options, inputs, dtype, leaf.device)
+
+
+def plan(
+    model: nn.Module | ExportedProgram | str | Path,
+    example: Any,
+    preset: str = "d3d",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    pool: str = "window",
+    window: int | None = None,
+    time_dim: int | Sequence[int | None] = 2,
+) -> tuple[Plan, tuple[Any, ...]]:
+    """The plan alone, and the refusals, without building anything; arguments as for :func:`convert`."""
+    dissected, options, _ = _surgery(model, example, preset, overrides, pool, window, time_dim)
+    return Plan(options.preset, dissected.rows), dissected.refusals
+
+

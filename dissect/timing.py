@@ -1,0 +1,94 @@
+"""Timing: where the positions of a value lie in the stream, in whole frames.
+
+Offline, a value has positions ``i = 0 .. n-1``. In the stream, position ``i`` exists at time
+``delay + i * stride`` (time 0 is the first frame). Streams are dense: a value is computed at every
+frame, and the times between two positions hold what the network would say of a clip that began a
+little later. Integers only, no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["Length", "Timing", "joined"]
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many positions a value has for a clip of ``L`` frames, as a chain of floor divisions.
+
+    Each step ``(mul, add, stride)`` takes ``n`` to ``(n * mul + add) // stride + 1``; an empty chain is ``L`` itself.
+    """
+
+    steps: tuple[tuple[int, int, int], ...] = ()
+
+    def then(self, add: int, stride: int = 1, mul: int = 1) -> Length:
+        """The length after one more operator: for a convolution, ``add`` is padding minus reach minus one."""
+        if (mul, add, stride) == (1, -1, 1):
+            return self
+        if self.steps and mul == 1 and stride == 1 and self.steps[-1][0] == 1 and self.steps[-1][2] == 1:
+            return Length(self.steps[:-1]).then(self.steps[-1][1] + add + 1)
+        return Length((*self.steps, (mul, add, stride)))
+
+    def __call__(self, frames: Any) -> Any:
+        """The number of positions; ``frames`` is an ``int`` or an integer tensor."""
+        count = frames
+        for mul, add, stride in self.steps:
+            count = (count * mul + add) // stride + 1
+        return count
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a value's positions lie, and how far back and ahead each looks.
+
+    stride      frames between two positions
+    delay       frames until position 0 exists; negative only behind a zero padding
+    length      number of positions for a clip of L frames
+    old, new    the oldest and the newest frame that a value at time t depends on: t - old, t - new
+    fill        what the value holds outside its positions, where that is known (zeros of a padding)
+    removed     the product of temporal strides that the preset took out
+    nonneg      never below zero, so that a zero is as good as minus infinity to a max pool
+    """
+
+    stride: int = 1
+    delay: int = 0
+    length: Length = Length()
+    old: int = 0
+    new: int = 0
+    fill: float | None = None
+    removed: int = 1
+    nonneg: bool = False
+    padding: tuple[int, int] = (0, 0)
+
+    @property
+    def receptive_field(self) -> int:
+        return self.old - self.new + 1
+
+    def last(self, frames: Any) -> Any:
+        """The time of the last position of a clip of ``frames`` frames."""
+        return self.delay + self.stride * (self.length(frames) - 1)
+
+    def but(self, **changes: Any) -> Timing:
+        return replace(self, **changes)
+
+    def delayed(self, frames: int) -> Timing:
+        return self.but(delay=self.delay + frames, old=self.old + frames, new=self.new + frames)
+
+    def plain(self) -> Timing:
+        """After an operator that may change what stands outside the positions."""
+        return self.but(fill=None, nonneg=False, padding=(0, 0))
+
+
+def joined(timings: Iterable[Timing]) -> Timing:
+    """Several values that were brought to one stride and delay, as one."""
+    known = list(timings)
+    first = known[0]
+    return first.plain().but(
+        old=max(timing.old for timing in known),
+        new=min(timing.new for timing in known),
+        removed=max(timing.removed for timing in known),
+    )
+
