@@ -6,22 +6,14 @@ A command parses, calls the API and prints. torch is imported by the commands th
 from __future__ import annotations
 
 import json
-import sys
-import time
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dissect import __version__, options
-from dissect.errors import DissectError, NotStreamable, PlanError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import nn
-
-    from dissect.benchmarking import Comparison
-    from dissect.stream import Stream
+from dissect.errors import NotStreamable
 
 __all__ = ["main"]
 
@@ -46,24 +38,26 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
     MODEL is a file (a torch.export or TorchScript archive, a state_dict with --arch, a pickled module with --trust)
     or a factory, package.module:factory. Without it: a 3D-ResNet-18 of our own.
     """
-    from dissect import rendering
+    from dissect import rendering, workbench
 
-    network, example = _network(model, rest)
+    work = workbench.work_of(model, rest)
     try:
-        stream = _convert(network, example, rest)
+        stream = workbench.stream_of(work, rest)
     except NotStreamable as error:
-        _print_refused(network, example, rest, error, markdown, as_json)
+        if not as_json:  # all that is known of it; the error, which names the fixes, follows
+            rows = [(row.path or "<top level>", row.op, "refused", row.reason) for row in error.refusals]
+            rendering.console().print(rendering.plan_table(("layer", "operator", "verdict", "why"), rows))
         raise
-    totals = _totals(stream, network, example)
+    totals = workbench.totals(stream, work)
     if as_json:
         click.echo(json.dumps({"ok": True, **json.loads(stream.plan.to_json()), "totals": totals}))
     elif markdown:
         click.echo(stream.plan.to_markdown())
-        click.echo("\n" + "\n".join(f"- {name}: {value}" for name, value in _in_words(totals)))
+        click.echo("\n" + "\n".join(f"- {name}: {value}" for name, value in workbench.in_words(totals)))
     else:
         out = rendering.console()
         out.print(rendering.plan_table(*stream.plan.table()))
-        out.print(rendering.pairs(_in_words(totals)))
+        out.print(rendering.pairs([("plan", workbench.summary(stream)), *workbench.in_words(totals)]))
 
 
 @main.command()
@@ -84,36 +78,42 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
     MODEL is a file (a torch.export or TorchScript archive, a state_dict with --arch, a pickled module with --trust)
     or a factory, package.module:factory. Without it: a 3D-ResNet-18 of our own.
     """
-    from dissect import rendering
+    from dissect import benchmarking, rendering, workbench
+    from dissect.runner import Runner
 
     out = rendering.notes() if as_json else rendering.console()
+    path = output or Path(workbench.name_of(model, rest))
     found: dict[str, Any] = {"ok": True}
-    with _Progress(4 + rest["checked"] + rest["measured"]) as progress:
-        progress("loading")
-        network, example = _network(model, rest)
-        progress("dissecting")
-        stream = _convert(network, example, rest)
-        _describe(stream, rest)
-        found["plan"] = json.loads(stream.plan.to_json())
-        progress("counting")
-        found["totals"] = totals = _totals(stream, network, example)
-        out.print(rendering.pairs([("plan", _summary(stream)), *_in_words(totals)]))
+    with rendering.Stages(4 + rest["checked"] + rest["measured"]) as stage:
+        stage("loading")
+        work = workbench.work_of(model, rest)
+        stage("dissecting")
+        stream = workbench.stream_of(work, rest)
+        pictures = workbench.describe(stream, rest)
+        stage("counting")
+        totals = workbench.totals(stream, work)
+        found |= {"plan": json.loads(stream.plan.to_json()), "totals": totals}
+        words = [("plan", workbench.summary(stream)), *workbench.in_words(totals), ("preprocessing", pictures)]
+        stage.print(out, rendering.pairs(words))
         if rest["checked"]:
-            from dissect import verify as verified
+            from dissect.verifying import verify as verified
 
-            progress("verifying")
-            report = verified(stream, network)
-            found["verification"] = _report(report)
-            out.print(str(report), markup=False)
+            stage("verifying")
+            report = verified(stream, work.network)
+            found["verification"] = _plain(report)
+            stage.print(out, rendering.text(str(report)))
             report.check()
-        progress("writing")
-        path = output or Path(f"{_stem(model, rest)}.{rest['preset']}.onnx")
+        stage("writing")
         stream.export(path)
         found |= {"file": str(path), "bytes": path.stat().st_size}
-        out.print(rendering.pairs([("file", f"{path}, {rendering.kilobytes(found['bytes'])}")]))
+        stage.print(out, rendering.pairs([("file", f"{path}, {rendering.kilobytes(found['bytes'])}")]))
         if rest["measured"]:
-            progress("measuring")
-            found["speed"] = _measure(stream, path, network, example, rest["threads"], out)
+            stage("measuring")
+            step = benchmarking.step_of(Runner(path, threads=rest["threads"]))
+            comparison, remark = workbench.race(step, work, rest["threads"], stream=stream)
+            found["speed"] = {**comparison.to_dict(), "remark": remark}
+    if rest["measured"]:
+        rendering.print_comparison(out, comparison, remark)
     if as_json:
         click.echo(json.dumps(found))
 
@@ -129,26 +129,26 @@ def verify(model: str, step: Path, as_json: bool, **rest: Any) -> None:
 
     Exit code 1 where it does not.
     """
-    from dissect import Runner, rendering
-    from dissect import verify as verified
+    from dissect import rendering, workbench
+    from dissect.runner import Runner
+    from dissect.verifying import verify as verified
 
     runner = Runner(step)
     source = click.get_current_context().get_parameter_source("preset")
     if source is not None and source.name == "DEFAULT" and runner.preset:
         rest["preset"] = runner.preset
-    if not rest["shapes"]:
-        rest["shapes"] = _shapes_of(runner)
-    with _Progress(3) as progress:
-        progress("loading")
-        network, example = _network(model, rest)
-        progress("dissecting")
-        stream = _convert(network, example, rest)
-        progress("verifying")
-        report = verified(stream, network, onnx=step)
+    rest["shapes"] = rest["shapes"] or workbench.shapes_of(runner)
+    with rendering.Stages(3) as stage:
+        stage("loading")
+        work = workbench.work_of(model, rest)
+        stage("dissecting")
+        stream = workbench.stream_of(work, rest)
+        stage("verifying")
+        report = verified(stream, work.network, onnx=step)
     if as_json:
-        click.echo(json.dumps({"ok": report.ok, "verification": _report(report)}))
+        click.echo(json.dumps({"ok": report.ok, "verification": _plain(report)}))
     else:
-        rendering.console().print(str(report), markup=False)
+        rendering.console().print(rendering.text(str(report)))
     report.check()
 
 
@@ -162,33 +162,39 @@ def verify(model: str, step: Path, as_json: bool, **rest: Any) -> None:
 @click.option("--provider", help="ONNX Runtime's provider: cpu, cuda, ... [CUDA where it works]")
 @options.common
 def bench(
-    step: Path, model: str | None, batch: int, steps: int, threads: int | None, provider: str | None, as_json: bool, **rest: Any
+    step: Path,
+    model: str | None,
+    batch: int,
+    steps: int,
+    threads: int | None,
+    provider: str | None,
+    as_json: bool,
+    **rest: Any,
 ) -> None:
     """Measure a step of STEP: median and p95 latency, frames a second; with MODEL, against the sliding window, too."""
-    from dissect import Runner, benchmarking, rendering
+    from dissect import benchmarking, rendering, workbench
+    from dissect.runner import Runner
 
     runner = Runner(step, batch, provider, threads)
     call = benchmarking.step_of(runner, rest["seed"])
     out = rendering.notes() if as_json else rendering.console()
-    where = {"provider": runner.providers[0], "threads": threads, "batch": batch}
+    found: dict[str, Any] = {"ok": True, "provider": runner.providers[0], "threads": threads, "batch": batch}
     if model is None:
         latency = benchmarking.measure(call, steps)
-        out.print(rendering.comparison_table([("step", latency)]))
-        found: dict[str, Any] = {"step": latency.to_dict()}
+        found["step"] = latency.to_dict()
+        out.print(rendering.latency_table([("step", latency)]))
     else:
-        rest["shapes"] = rest["shapes"] or _shapes_of(runner)
-        rest["shapes"] = [_batched(shape, batch) for shape in rest["shapes"]]
-        with _Progress(2) as progress:
-            progress("loading")
-            network, example = _network(model, rest)
-            progress("measuring")
-            window, remark = _window(network, example, threads, provider)
-            turns = max(3, min(50, steps // 10))
-            comparison = benchmarking.compare(call, window, remark or "ONNX Runtime", turns, batch=batch)
-        _print_comparison(comparison, out)
-        found = comparison.to_dict()
+        shapes = rest["shapes"] or workbench.shapes_of(runner)
+        rest["shapes"] = [workbench.batched(shape, batch) for shape in shapes]
+        with rendering.Stages(2) as stage:
+            stage("loading")
+            work = workbench.work_of(model, rest)
+            stage("measuring")
+            comparison, remark = workbench.race(call, work, threads, provider, max(3, steps // 10))
+        found |= {**comparison.to_dict(), "remark": remark}
+        rendering.print_comparison(out, comparison, remark)
     if as_json:
-        click.echo(json.dumps({"ok": True, **found, **where}))
+        click.echo(json.dumps(found))
 
 
 @main.command()
@@ -212,8 +218,15 @@ def bench(
 @options.common
 def run(step: Path, video: str, threads: int | None, provider: str | None, as_json: bool, **rest: Any) -> None:
     """Run the step model STEP on VIDEO (a file, a camera such as 0, or rtsp://...) and print its best labels live."""
-    from dissect import Runner, watching
+    from dissect import watching
+    from dissect.runner import Runner
 
     found = watching.watch(Runner(step, 1, provider, threads), video, **rest, quiet=as_json)
     if as_json:
         click.echo(json.dumps({"ok": True, **found}))
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    """A verification report as plain values."""
+    rows = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else str(row) for row in report.rows]
+    return {"ok": report.ok, "rows": rows}

@@ -46,21 +46,21 @@ class InputSpec:
 class OutputSpec:
     """One output: when it exists, and how many positions of it the offline network has.
 
-    ``length`` is a chain of ``(add, stride)``; see :meth:`positions`. ``delay`` and ``stride`` are in frames.
+    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see :meth:`positions`. ``delay`` and ``stride`` are in frames.
     """
 
     name: str
     stride: int = 1
     delay: int = 0
-    length: tuple[tuple[int, int], ...] = ()
+    length: tuple[tuple[int, ...], ...] = ()
 
     def positions(self, frames: int) -> int:
         """The number of positions that the offline network has for a clip of ``frames`` frames."""
         count = frames
-        for add, stride in self.length:
+        for *mul, add, stride in self.length:
             if count <= 0:
                 return 0
-            count = (count + add) // stride + 1
+            count = (count * (mul[0] if mul else 1) + add) // stride + 1
         return max(count, 0)
 
     def last(self, frames: int) -> int:

@@ -51,13 +51,15 @@ class Commands(click.Group):
             text = str(error) if known else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             click.echo(click.style("Error: ", fg="red") + text, err=True)
             if not known and not ctx.meta.get(_DEBUG):
-                click.echo("This is a bug of dissect. Run it again with --debug to see where, and report that.", err=True)
+                click.echo(
+                    "This is a bug of dissect. Run it again with --debug to see where, and report that.", err=True
+                )
             if ctx.meta.get("dissect.json"):
                 click.echo(json.dumps({"ok": False, "error": {"type": type(error).__name__, "message": text}}))
             ctx.exit(1 if isinstance(error, VerificationError) else 2)
 
 
-class Shapes(click.ParamType):
+class Shapes(click.ParamType):  # type: ignore[type-arg]
     """One input of a network: ``1x3x16x112x112``, or a list of them, ``[1x3x8x224x224,1x3x32x224x224]``."""
 
     name = "shape"
@@ -75,7 +77,7 @@ class Shapes(click.ParamType):
         return shapes if listed else shapes[0]
 
 
-class Setting(click.ParamType):
+class Setting(click.ParamType):  # type: ignore[type-arg]
     """An edit of the plan: ``layer1.*.conv1: depth=3`` (more of them after commas)."""
 
     name = "pattern: key=value"
@@ -91,7 +93,7 @@ class Setting(click.ParamType):
         return pattern.strip(), {key.strip(): _number(text.strip()) for key, text in settings.items()}
 
 
-class Arguments(click.ParamType):
+class Arguments(click.ParamType):  # type: ignore[type-arg]
     """A JSON object."""
 
     name = "json"
@@ -139,9 +141,13 @@ def network(function: Function) -> Function:
     for option in (
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise in the example clip."),
         click.option(
-            "--trust", is_flag=True, help="Load a pickled module, though that runs code from the file. Only from where you trust."
+            "--trust",
+            is_flag=True,
+            help="Load a pickled module, though that runs code from the file. Only from where you trust.",
         ),
-        click.option("--arch-args", type=Arguments(), help="Arguments of the factory, as JSON: '{\"num_classes\": 27}'."),
+        click.option(
+            "--arch-args", type=Arguments(), help="Arguments of the factory, as JSON: '{\"num_classes\": 27}'."
+        ),
         click.option("--arch", metavar="PACKAGE.MODULE:FACTORY", help="What builds the network for a state_dict."),
         click.option(
             "--input",
@@ -159,7 +165,10 @@ def surgery(function: Function) -> Function:
     """How the network is to be dissected."""
     for option in (
         click.option(
-            "--rules", type=click.Path(dir_okay=False, path_type=Path), multiple=True, help="A Python file with converters of your own."
+            "--rules",
+            type=click.Path(dir_okay=False, path_type=Path),
+            multiple=True,
+            help="A Python file with converters of your own.",
         ),
         click.option(
             "--set",
@@ -168,7 +177,9 @@ def surgery(function: Function) -> Function:
             multiple=True,
             help="Edit the plan by path pattern: 'layer1.*.conv1: depth=3'. Repeatable; later ones win.",
         ),
-        click.option("--window", type=click.IntRange(min=1), help="Positions in the window of a global pool. [the clip's]"),
+        click.option(
+            "--window", type=click.IntRange(min=1), help="Positions in the window of a global pool. [the clip's]"
+        ),
         click.option(
             "--pool",
             type=click.Choice(POOLS),
@@ -211,5 +222,5 @@ def _remarks() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield

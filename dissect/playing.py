@@ -150,8 +150,8 @@ def _values(result: Any, runner: Runner, index: int, softmax: bool) -> NDArray[A
             f"The output {name} has the shape {list(values.shape)}, which is no list of scores; name another with "
             "--output, or use dissect.Runner in Python."
         )
-    values = values[0]
+    values = np.asarray(values[0])
     if softmax:
         powers = np.exp(values - values.max())
-        values = powers / powers.sum()
+        values = np.asarray(powers / powers.sum())
     return values

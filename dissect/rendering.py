@@ -9,9 +9,23 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["amount", "comparison_table", "console", "kilobytes", "notes", "pairs", "plan_table", "scores_table"]
+__all__ = [
+    "Stages",
+    "amount",
+    "console",
+    "kilobytes",
+    "latency_table",
+    "notes",
+    "pairs",
+    "plan_table",
+    "print_comparison",
+    "scores_table",
+    "text",
+]
 
 _COLORS = {"exact": "green", "approximate": "yellow", "refused": "bold red"}
 _WIDE = 140  # columns of a table that goes into a file or a pipe, where nothing says how many there are
@@ -43,6 +57,11 @@ def amount(count: float) -> str:
     return f"{count:.3g}"
 
 
+def text(words: str) -> Text:
+    """Words as they stand, whatever is in them."""
+    return Text(words)
+
+
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values, one pair a line."""
     table = Table.grid(padding=(0, 2))
@@ -63,7 +82,7 @@ def plan_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[tuple[str, Any]]) -> Table:
+def latency_table(rows: Sequence[tuple[str, Any]]) -> Table:
     """Latencies by name, one a line: anything with ``median``, ``p95`` (milliseconds) and ``rate`` (a second)."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -72,6 +91,59 @@ def comparison_table(rows: Sequence[tuple[str, Any]]) -> Table:
     for name, latency in rows:
         table.add_row(escape(name), f"{latency.median:.2f} ms", f"{latency.p95:.2f} ms", f"{latency.rate:.1f}")
     return table
+
+
+def print_comparison(out: Console, comparison: Any, remark: str = "") -> None:
+    """A step against the sliding window, and what is to be said of it."""
+    out.print(latency_table([("step", comparison.step), ("sliding window", comparison.window)]))
+    where = comparison.runtime if comparison.runtime != "mixed" else "PyTorch and ONNX Runtime"
+    text = f"A step is {comparison.times:.1f} times faster than the sliding window, here, in {where}."
+    if comparison.times < 1:
+        text = f"A step is slower than the sliding window, {1 / comparison.times:.1f} times, here, in {where}."
+    out.print(text, markup=False)
+    if remark:
+        out.print(remark, markup=False)
+
+
+class Stages:
+    """A progress bar on standard error over the stages of a command; call it with the name of the next one."""
+
+    def __init__(self, count: int) -> None:
+        """Expect ``count`` stages."""
+        self._bar = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=count, start=True)
+        self._begun = False
+
+    def __call__(self, name: str) -> None:
+        """The next stage begins."""
+        if self._begun:
+            self._bar.advance(self._task)
+        self._begun = True
+        self._bar.update(self._task, description=name)
+
+    def print(self, out: Console, result: RenderableType) -> None:
+        """Print to another console, out of the bar's way."""
+        self._bar.stop()
+        out.print(result)
+        self._bar.start()
+
+    def __enter__(self) -> Stages:
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take it away."""
+        self._bar.stop()
 
 
 def scores_table(title: str, top: Sequence[tuple[str, float]], whole: float = 1.0) -> RenderableType:

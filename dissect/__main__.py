@@ -1,0 +1,5 @@
+"""``python -m dissect`` is ``dissect``."""
+
+from dissect.cli import main
+
+main(prog_name="dissect")

@@ -1,0 +1,243 @@
+"""Export: the lowered step form as an ONNX file that any runtime drives.
+
+The contract is that of :mod:`dissect.contract`: frames and caches in, outputs and new caches out, batch first and
+dynamic, and everything a runner needs in the file's own metadata. The file is written beside its place and
+then renamed, so that a killed export leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+
+from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
+from dissect.errors import ExportError
+from dissect.lowering import lower
+from dissect.stream import Stream
+
+__all__ = ["contract_of", "export"]
+
+#: above this, weights go to a file of their own (a protobuf holds no more)
+LIMIT = 2_000_000_000
+ROWS = 3  # the batch of the trace; the file's is dynamic
+
+
+def export(
+    stream: Stream,
+    path: str | os.PathLike[str],
+    *,
+    preprocess: Any = None,
+    labels: Sequence[str] | None = None,
+    reset: bool = False,
+    gates: bool = True,
+) -> Path:
+    """Write the step model of ``stream`` to ``path`` and return the path.
+
+    ``preprocess`` (a :class:`~dissect.Preprocess`) and ``labels`` go into the file's metadata. ``reset`` adds a boolean
+    input ``reset``, ``(batch,)``, that clears a row's caches before the step. ``gates=False`` leaves out what only the first
+    and last frames of a stream need: the steady state of a live stream is the same, and there is no flush. Raises
+    :class:`~dissect.ExportError` where ONNX has no form for an operator.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ExportError(f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder that exists")
+    model = to_model(stream, preprocess, labels, reset, gates)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    with _beside(target) as partial:
+        if size > LIMIT:
+            ir.save(model, partial, external_data=f"{target.name}.data")
+            data = partial.with_name(f"{target.name}.data")
+            os.replace(data, target.with_name(data.name))
+        else:
+            ir.save(model, partial)
+        os.replace(partial, target)
+    return target
+
+
+def to_model(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False, gates: bool = True) -> ir.Model:
+    """The step model as an ``onnx_ir`` model, with its metadata."""
+    contract = contract_of(stream, preprocess, labels)
+    step: nn.Module = lower(stream)
+    if not gates:
+        raise ExportError("an export without gates is not there yet; leave gates=True")
+    frames = [leaf[:1].float() if leaf.is_floating_point() else leaf[:1] for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))]
+    frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
+    caches = [cache.spec.zeros(ROWS, torch.float32) for cache in stream.cache_list]
+    names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
+    outs = [spec.name for spec in contract.outputs] + [cache.output for cache in contract.caches]
+    args: tuple[Tensor, ...] = (*frames, *caches)
+    if reset:
+        step = _Resetting(step, len(frames))
+        args = (*args, torch.zeros(ROWS, dtype=torch.bool))
+        names.append("reset")
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    flat = _Flat(step)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(flat.eval(), args, dynamic_shapes=(tuple({0: batch} for _ in args),), strict=False)
+            exported = torch.onnx.export(program, dynamo=True, input_names=names, output_names=outs, optimize=True, verbose=False)
+    except Exception as error:
+        text = str(error).strip().splitlines()[0][:400] if str(error).strip() else ""
+        raise ExportError(f"the step model does not go to ONNX: {type(error).__name__}: {text}") from error
+    assert exported is not None
+    model = exported.model
+    _tidy(model)
+    model.metadata_props.update(contract.to_metadata())
+    return model
+
+
+class _Flat(nn.Module):
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.step(*args))
+
+
+class _Resetting(nn.Module):
+    """A step whose last input clears the caches of single rows first."""
+
+    def __init__(self, step: nn.Module, frames: int) -> None:
+        super().__init__()
+        self.step = step
+        self.frames = frames
+
+    def forward(self, *args: Tensor) -> Any:
+        *given, reset = args
+        frames, caches = given[: self.frames], given[self.frames :]
+        fresh = [torch.where(reset.reshape(-1, *[1] * (cache.dim() - 1)), torch.zeros_like(cache), cache) for cache in caches]
+        return self.step(*frames, *fresh)
+
+
+def _tidy(model: ir.Model) -> None:
+    """No path of the building machine, and no graph input that is a graph output without a node between."""
+    graph = model.graph
+    graph.doc_string = None
+    model.doc_string = None
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for function in model.functions.values():
+        function.metadata_props.clear()
+    seen: set[int] = {id(value) for value in graph.inputs}
+    for index, value in enumerate(graph.outputs):
+        if id(value) in seen or value.producer() is None:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].name = f"{value.name}_copy"
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+        seen.add(id(graph.outputs[index]))
+
+
+def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None) -> Contract:
+    """All that a runner must know of the step model."""
+    from dissect import __version__
+
+    dissected = stream.dissected
+    leaves = pytree.tree_leaves(stream.frame(stream.example, 0))
+    names = ["frame"] if len(leaves) == 1 else [f"frame_{index}" for index in range(len(leaves))]
+    inputs = tuple(
+        InputSpec(name, ("batch", *map(int, leaf.shape[1:])), _dtype(torch.float32 if leaf.is_floating_point() else leaf.dtype))
+        for name, leaf in zip(names, leaves, strict=True)
+    )
+    moving = [(name, output.value) for name, output in zip(output_names(stream), dissected.outputs, strict=True) if output.value is not None]
+    outputs = tuple(
+        OutputSpec(name, value.clock.stride, value.clock.delay, tuple(value.clock.length.steps))
+        for name, value in moving
+        if value.timing is not None
+    )
+    caches = tuple(
+        CacheSpec(
+            cache.name,
+            f"new_{cache.name}",
+            ("batch", *cache.spec.shape),
+            _dtype(cache.spec.dtype or torch.float32),
+            cache.path,
+            cache.spec.role,
+        )
+        for cache in stream.cache_list
+    )
+    indices = iter(range(len(outputs)))
+    positions = [next(indices) if output.value is not None else None for output in dissected.outputs]
+    structure = _plain(pytree.tree_unflatten(positions, dissected.captured.out_spec))
+    preprocess = preprocess if preprocess is not None else stream.preprocess
+    timing = stream.timing
+    return Contract(
+        inputs=inputs,
+        outputs=outputs,
+        caches=caches,
+        structure=structure,
+        preset=stream.options.preset,
+        delay=timing.delay,
+        receptive_field=timing.receptive_field,
+        warmup=timing.warmup,
+        stride=timing.stride,
+        preprocess=None if preprocess is None else preprocess.to_json() if not isinstance(preprocess, dict) else preprocess,
+        labels=tuple(labels or stream.labels or ()) or None,
+        source={"model": dissected.captured.name, "dissect": __version__, "torch": torch.__version__.split("+")[0]},
+    )
+
+
+def output_names(stream: Stream) -> list[str]:
+    """``output`` for one tensor, the keys of a dict, or numbers for a tuple."""
+    spec = stream.dissected.captured.out_spec
+    paths = [path for path, _ in pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))]
+    if len(paths) == 1 and not paths[0]:
+        return ["output"]
+    names = []
+    for path in paths:
+        atoms = [str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path]
+        names.append("_".join(["output", *atoms] if atoms[0].isdigit() else atoms))
+    return names
+
+
+def _plain(structure: Any) -> Any:
+    if isinstance(structure, dict):
+        return {str(key): _plain(value) for key, value in structure.items()}
+    if isinstance(structure, (list, tuple)):
+        return [_plain(value) for value in structure]
+    return structure
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder beside the target for a file that is not whole yet; gone afterwards, whatever happens."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        yield Path(folder) / target.name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own progress lines and warnings, which speak of its insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,152 @@
+"""Lowering: the step form as a runtime wants it.
+
+At one frame a temporal convolution of k taps is a 2D convolution over ``k * C`` stacked channels, so nothing
+here has a time axis: no tensor above rank 4, no 3D operator. Weights are stacked once and for all, batch norms are folded into
+the convolution before them, or become one multiplication and one addition. The law: a lowered step
+equals the step form to rounding. The stream itself is not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dissect.convolution import FrameConv, TemporalConv
+from dissect.forms import Form
+from dissect.primitives import stacked, tap
+from dissect.stream import Stream
+
+__all__ = ["Affine", "LoweredConv", "lower"]
+
+
+class LoweredConv(nn.Module):
+    """A convolution of a step with its taps fixed: one over stacked channels, or one a tap and their sum."""
+
+    def __init__(self, conv: FrameConv) -> None:
+        super().__init__()
+        assert conv.weight is not None
+        self.conv = conv
+        self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
+        taps = conv.taps(conv.weight.detach())
+        dense = self.ages is None or (conv.groups == 1 and not conv.transposed)
+        kernels = [torch.cat(tuple(taps), 1)] if dense else list(taps)
+        self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
+        bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
+        self.bias = bias
+        conv.register_parameter("weight", None)
+        conv.register_parameter("bias", None)
+
+    def scale(self, factor: Tensor, shift: Tensor) -> None:
+        """Fold ``y * factor + shift``, per output channel, into the weights."""
+        dim = 1 if self.conv.transposed else 0
+        for index, kernel in enumerate(self.kernels):
+            shape = [1] * kernel.dim()
+            if self.conv.transposed and self.conv.groups > 1:
+                grouped = factor.reshape(self.conv.groups, 1, -1, *[1] * (kernel.dim() - 2))
+                scaled = (kernel.unflatten(0, (self.conv.groups, -1)) * grouped).flatten(0, 1)
+            else:
+                shape[dim] = -1
+                scaled = kernel * factor.reshape(shape)
+            self.kernels[index] = nn.Parameter(scaled, requires_grad=False)
+        bias = shift if self.bias is None else self.bias * factor + shift
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, known: Any, frames: None = None) -> Tensor:
+        conv = self.conv
+        if self.ages is None:
+            return conv.space(known, self.kernels[0], self.bias, conv.groups)
+        if len(self.kernels) == 1:
+            return conv.space(stacked(known, self.ages), self.kernels[0], self.bias, conv.groups)
+        total = conv.space(tap(known, self.ages[-1], None), self.kernels[-1], self.bias, conv.groups)
+        for age, kernel in zip(self.ages[:-1], list(self.kernels)[:-1], strict=True):
+            total = total + conv.space(tap(known, age, None), kernel, None, conv.groups)
+        return total
+
+
+class Affine(nn.Module):
+    """A batch norm that no convolution stands before: one multiplication, one addition a channel."""
+
+    def __init__(self, factor: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(factor, requires_grad=False)
+        self.shift = nn.Parameter(shift, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        return x * self.factor.reshape(shape) + self.shift.reshape(shape)
+
+
+def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The step form of ``stream`` lowered: flat frames and caches in, flat outputs and new caches out, as :class:`fx.GraphModule`."""
+    form: Form = copy.deepcopy(stream.step)
+    module: fx.GraphModule = form.__dict__["run"]
+    module.eval()
+    form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
+    fold(module)
+    drop(module)
+    module.recompile()
+    return module
+
+
+def fold(module: fx.GraphModule) -> None:
+    """Fix every convolution's taps and fold every batch norm."""
+    lowered: dict[str, LoweredConv] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        target = str(node.target)
+        layer = module.get_submodule(target)
+        if isinstance(layer, FrameConv) and layer.weight is not None:
+            lowered[target] = LoweredConv(layer)
+            _replace(module, target, lowered[target])
+        elif isinstance(layer, nn.modules.batchnorm._NormBase):
+            factor, shift = affine_of(layer)
+            source = node.args[0]
+            before = module.get_submodule(str(source.target)) if isinstance(source, fx.Node) and source.op == "call_module" else None
+            if isinstance(source, fx.Node) and len(source.users) == 1 and isinstance(before, LoweredConv):
+                before.scale(factor, shift)
+                node.replace_all_uses_with(source)
+                module.graph.erase_node(node)
+            elif isinstance(source, fx.Node) and len(source.users) == 1 and isinstance(before, nn.Linear):
+                before.weight = nn.Parameter(before.weight * factor[:, None], requires_grad=False)
+                bias = shift if before.bias is None else before.bias * factor + shift
+                before.bias = nn.Parameter(bias, requires_grad=False)
+                node.replace_all_uses_with(source)
+                module.graph.erase_node(node)
+            else:
+                _replace(module, target, Affine(factor, shift))
+
+
+def affine_of(norm: nn.modules.batchnorm._NormBase) -> tuple[Tensor, Tensor]:
+    """What a batch norm with running statistics does, as factor and shift a channel."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var.detach() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach()
+    shift = -norm.running_mean.detach() * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach()
+    return factor, shift
+
+
+def drop(module: fx.GraphModule) -> None:
+    """Remove what does nothing in a step: dropout, and reshapes to the shape a tensor already has."""
+    for node in list(module.graph.nodes):
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.modules.dropout._DropoutNd) or node.target is torch.ops.aten.clone.default:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    used = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.modules.batchnorm._NormBase) and name not in used:
+            _replace(module, name, nn.Identity())
+
+
+def _replace(module: nn.Module, path: str, layer: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, layer)
