@@ -76,7 +76,7 @@ def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> Cap
         model = model.module(check_guards=False)
     failures: list[Exception] = []
     batch = _batch_of(example)
-    with _eval_mode(model):
+    with evaluating(model):
         for shim in (False, True):
             for size in dict.fromkeys((*BATCHES, batch)):
                 try:
@@ -88,6 +88,30 @@ def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> Cap
     raise CaptureError(_explain(model, failures))
 
 
+def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.GraphModule:
+    """The network as a flat, runnable graph for inputs of exactly these shapes, with capture's names."""
+    module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+    with evaluating(module):
+        try:
+            program = _export(module, example, False)
+        except Exception:
+            program = _export(module, example, True)
+    program = _functional(program)
+    held = {**program.state_dict, **program.constants}
+    names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    graph = fx.Graph()
+    root: dict[str, Any] = {}
+    env: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            key = f"held_{len(root)}"
+            root[key] = held[names[node.name]].detach()
+            env[node] = graph.get_attr(key)
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return fx.GraphModule(root, graph)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -97,14 +121,19 @@ def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProg
         return torch.export.export(model, args, strict=False)
 
 
-def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Functional ATen, with dropout kept as one operator."""
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _DROPOUTS:
             x, p = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
             node.target, node.args, node.kwargs = torch.ops.dissect.dropout.default, (x, p, _DROPOUTS[node.target]), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = program.run_decompositions({})
+        return program.run_decompositions({})
+
+
+def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
+    program = _functional(program)
     signature = program.graph_signature
     tensors: dict[str, tuple[str, Tensor]] = {}
     inputs: list[str] = []
@@ -157,7 +186,7 @@ def _rebatched(example: tuple[Any, ...], batch: int, size: int) -> tuple[Any, ..
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, flag by flag: some networks override ``eval()`` and return None or freeze layers."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -231,3 +231,33 @@ def join(x: Tensor, axes: Axes, frames: int) -> Tensor:
         order.insert(sum(len(axis.factors) for axis in axes.dims[:dim]), 1)
         shape.insert(dim, frames)
     return torch.permute(full, order).reshape(shape)
+
+
+def split_frames(x: Tensor, axes: Axes) -> list[Tensor]:
+    """The inverse of :func:`join`: an output of the clip form as frame tensors ``(N, ...)``, one a frame."""
+    if axes.time is None:
+        return list(x.unbind(min(2, len(axes))))
+    sizes: list[int] = []
+    order: dict[str, int] = {}
+    rest: list[int] = []
+    for axis, length in zip(axes.dims, x.shape, strict=True):
+        known = axis.space
+        for factor in axis.factors:
+            if factor.kind == "S":
+                rest.append(len(sizes))
+                sizes.append(factor.size if len(axis.factors) > 1 else length)
+                continue
+            order[factor.kind] = len(sizes)
+            others = [other for other in axis.factors if other.kind not in ("S", factor.kind)]
+            if others:
+                raise ValueError("batch and time are merged in the output; reshape it by hand")
+            sizes.append(length // known)
+        if not axis.factors:
+            rest.append(len(sizes))
+            sizes.append(length)
+    full = x.reshape(sizes).permute(order["T"], order["N"], *rest)
+    return [frame.reshape(frame.shape[0], *axes.frame) if frame.shape[1:].numel() == _numel(axes.frame) else frame for frame in full]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return prod(shape)

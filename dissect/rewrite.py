@@ -98,6 +98,7 @@ class Dissected:
     rows: tuple[Row, ...]
     refusals: tuple[Refusal, ...]
     captured: Captured
+    trace: Mapping[str, Value]
 
 
 class _Poison:
@@ -577,8 +578,18 @@ def rewrite(captured: Captured, options: Options, time_dims: Sequence[int | None
             values[node] = POISON
     if not refusals:
         _finish(ctx, values, outputs)
+    trace = {node.name: value for node, value in values.items() if isinstance(value, Value)}
     return Dissected(
-        ctx.root, ctx.graph, tuple(inputs), tuple(time_dims), tuple(input_axes), tuple(outputs), tuple(ctx.rows), tuple(refusals), captured
+        ctx.root,
+        ctx.graph,
+        tuple(inputs),
+        tuple(time_dims),
+        tuple(input_axes),
+        tuple(outputs),
+        tuple(ctx.rows),
+        tuple(refusals),
+        captured,
+        trace,
     )
 
 

@@ -1,0 +1,132 @@
+"""Oracles: the original network where its clip's edges are, and the original with its edges moved.
+
+Each runs the user's own unmodified graph, operator by operator, with ATen's own kernels; only the padding of
+operators over time differs. They share the trace of where time lies with the dissector, and no other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from dissect.rewrite import Value
+
+__all__ = ["Shifted", "Still", "Unshiftable"]
+
+aten = torch.ops.aten
+_CONV = {aten.conv1d: F.conv1d, aten.conv2d: F.conv2d, aten.conv3d: F.conv3d}
+_POOLS = {aten.max_pool1d: 1, aten.max_pool2d: 2, aten.max_pool3d: 3, aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}
+
+
+class Unshiftable(Exception):
+    """This network has an operator whose edges cannot be moved; there is no such oracle for it."""
+
+
+class _Edges(fx.Interpreter):
+    """Runs the original with its temporal padding replaced; subclasses say by what."""
+
+    def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value]) -> None:
+        super().__init__(module)
+        self.trace = trace
+
+    def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
+        raise NotImplementedError
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
+            return super().run_node(n)
+        source = n.args[0] if n.args else None
+        value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
+        if value is None or value.time is None or not value.axes[value.time].is_time:
+            return super().run_node(n)
+        packet = n.target.overloadpacket
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if packet in _CONV:
+            return self.conv(_CONV[packet], value.time, *args, **kwargs)
+        if packet in _POOLS:
+            return self.pool(n.target, _POOLS[packet], value.time, *args, **kwargs)
+        if packet is aten.pad or packet is aten.constant_pad_nd:
+            return self.pad(value.time, *args, **kwargs)
+        if packet is aten.slice and (args[1] if len(args) > 1 else 0) % args[0].dim() == value.time:
+            step = args[4] if len(args) > 4 else 1
+            return aten.slice(args[0], value.time, None, None, step)
+        return super().run_node(n)
+
+    def conv(
+        self, target: Any, time: int, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Tensor:
+        dims = weight.dim() - 2
+        at = time - 2
+        if at < 0:
+            return target(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        gaps = _spread(dilation, dims)
+        if isinstance(padding, str):
+            totals = [(size - 1) * gap if padding == "same" else 0 for size, gap in zip(weight.shape[2:], gaps, strict=True)]
+            pairs = [(total // 2, total - total // 2) for total in totals]
+        else:
+            pairs = [(side, side) for side in _spread(padding, dims)]
+        left, right = pairs[at]
+        pairs[at] = (0, 0)
+        x = self.edge(x, time, (weight.shape[2 + at] - 1) * gaps[at], left, right, 0.0)
+        x = F.pad(x, [width for pair in reversed(pairs) for width in pair])
+        return target(x, weight, bias, stride, 0, dilation, groups)  # type: ignore[no-any-return]
+
+    def pool(self, target: Any, dims: int, time: int, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Tensor:
+        at = time - (x.dim() - dims)
+        size, pads = _spread(kernel, dims), _spread(padding, dims)
+        step = _spread(stride, dims) if isinstance(stride, int) or len(stride) else size
+        maximum = "max_pool" in str(target)
+        gap = _spread(rest[0], dims)[at] if maximum and rest else 1
+        options = list(rest)
+        ceil = (options[1] if maximum and len(options) > 1 else options[0] if not maximum and options else False) is True
+        if size[at] == x.shape[time] and pads[at] == 0:
+            return target(x, kernel, stride, padding, *rest)  # type: ignore[no-any-return]
+        if ceil or (not maximum and len(options) > 1 and options[1] is False and pads[at]) or (not maximum and len(options) > 2 and options[2]):
+            raise Unshiftable
+        x = self.edge(x, time, (size[at] - 1) * gap, pads[at], pads[at], float("-inf") if maximum else 0.0)
+        pads[at] = 0
+        return target(x, size, step, pads, *rest)  # type: ignore[no-any-return]
+
+    def pad(self, time: int, x: Tensor, widths: list[int], *rest: Any) -> Tensor:
+        widths = list(widths)
+        at = 2 * (x.dim() - 1 - time)
+        if at < len(widths):
+            left, right = widths[at], widths[at + 1]
+            widths[at] = widths[at + 1] = 0
+            x = self.edge(x, time, -1, left, right, 0.0)
+        return F.pad(x, widths, *rest)
+
+
+class Still(_Edges):
+    """The original away from its edges: beyond them, the scene stands still (exact for a clip of one frame repeated)."""
+
+    def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
+        count = x.shape[dim]
+        index = torch.arange(-left, count + right, device=x.device).clamp(0, count - 1)
+        return x.index_select(dim, index)
+
+
+class Shifted(_Edges):
+    """The original with its kernels shifted into the past: all padding on the left, none on the right."""
+
+    def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
+        if reach < 0:  # a padding of its own: the next kernel brings its own
+            return x
+        widths = [0, 0] * (x.dim() - 1 - dim) + [reach, 0]
+        return F.pad(x, widths, value=fill)
+
+
+def _spread(value: Any, dims: int) -> list[int]:
+    given = [value] if isinstance(value, int) else list(value)
+    return given * dims if len(given) == 1 else given
+
+
+def original(model: nn.Module | Any, example: tuple[Any, ...]) -> fx.GraphModule:
+    """The user's network as a flat graph for exactly these inputs, parameters and constants in place."""
+    from dissect.capturing import whole
+
+    return whole(model, example)

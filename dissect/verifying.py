@@ -1,0 +1,406 @@
+"""Verify: every promise of a stream, measured.
+
+The law first: the clip form equals the step form, whatever the chunking, the batch, and with a reset in the middle.
+Then the runtime: the exported file equals the step form. Then the original network, by what the preset promises:
+``exact``, its own output for the whole clip by stream and flush; ``d3d``, a still scene in steady state; ``causal``,
+the original with its kernels shifted. Frames are random, never the example.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+
+from dissect import oracle
+from dissect.capturing import evaluating
+from dissect.errors import VerificationError
+from dissect.parting import first_part
+from dissect.stream import Stream, output_time
+
+__all__ = ["Check", "Report", "verify"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest error, relative to the largest reference value, and what was allowed."""
+
+    pair: str
+    what: str
+    error: float | None
+    tolerance: float | None
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparisons of one verification."""
+
+    rows: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Every promise holds."""
+        return all(row.ok for row in self.rows)
+
+    def check(self) -> Report:
+        """Raise :class:`~dissect.VerificationError` with the broken promises, if there are any; else return the report."""
+        if not self.ok:
+            broken = [row for row in self.rows if not row.ok]
+            raise VerificationError(
+                f"{len(broken)} of {len(self.rows)} promises do not hold:\n" + "\n".join(f"  {line(row)}" for row in broken)
+            )
+        return self
+
+    def __str__(self) -> str:
+        return "\n".join(line(row) for row in self.rows)
+
+
+def line(row: Check) -> str:
+    """One check as a line of text."""
+    error = "not compared" if row.error is None else f"{row.error:.1e} (allowed {row.tolerance:.0e})"
+    return f"{'ok  ' if row.ok else 'FAIL'}  {row.pair}: {row.what}: {error}" + (f"; {row.note}" if row.note else "")
+
+
+def verify(
+    stream: Stream,
+    model: nn.Module | ExportedProgram | None = None,
+    *,
+    onnx: str | Path | None = None,
+    frames: int | None = None,
+    seed: int = 0,
+    runtime: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure every promise of ``stream``; ``model`` is the original network, without it only the law is checked.
+
+    ``onnx`` is an exported file to check (else one is made and thrown away); ``runtime=False`` leaves ONNX Runtime out.
+    ``frames`` is the number of frames for the law (default: enough for every chunking).
+    """
+    with torch.no_grad():
+        return Report(tuple(_Verifier(stream, seed, progress or (lambda _: None)).run(model, onnx, frames, runtime)))
+
+
+class _Verifier:
+    def __init__(self, stream: Stream, seed: int, say: Progress) -> None:
+        self.stream = stream
+        self.generator = torch.Generator().manual_seed(seed)
+        self.say = say
+        leaf = next(leaf for leaf in stream.caches(1) if leaf.is_floating_point()) if stream.cache_list else None
+        double = leaf is not None and leaf.dtype == torch.float64
+        self.tolerance = 1e-9 if double else 1e-4
+        self.rows: list[Check] = []
+
+    def clip(self, batch: int, frames: int, still: bool = False) -> tuple[Any, ...]:
+        """Random inputs like the example: as large as it is, of another scene."""
+
+        def draw(leaf: Any, dim: int | None) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                return leaf
+            shape = [batch, *leaf.shape[1:]]
+            if dim is not None:
+                shape[dim] = 1 if still else frames
+            low, high = (0.0, 1.0) if not leaf.numel() else (float(leaf.min()), float(leaf.max()))
+            if high - low < 1e-6:
+                low, high = 0.0, 1.0
+            if not leaf.is_floating_point():
+                drawn = torch.randint(int(low), max(int(high), int(low) + 2), shape, generator=self.generator, dtype=leaf.dtype)
+            else:
+                drawn = (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(leaf.dtype)
+            drawn = drawn.to(leaf.device)
+            if still and dim is not None:
+                drawn = drawn.expand(*[frames if at == dim else -1 for at in range(drawn.dim())]).contiguous()
+            return drawn
+
+        leaves, spec = pytree.tree_flatten(self.stream.example)
+        return pytree.tree_unflatten([draw(leaf, dim) for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True)], spec)  # type: ignore[no-any-return]
+
+    def compare(self, pair: str, what: str, got: Any, wanted: Any, tolerance: float, note: str = "") -> Check:
+        worst = 0.0
+        for left, right in zip(pytree.tree_leaves(got), pytree.tree_leaves(wanted), strict=True):
+            left, right = torch.as_tensor(left), torch.as_tensor(right)
+            if left.shape != right.shape:
+                self.rows.append(Check(pair, what, None, None, False, f"shapes {tuple(left.shape)} and {tuple(right.shape)} differ"))
+                return self.rows[-1]
+            if right.numel():
+                scale = max(float(right.abs().max()), 1e-12)
+                error = float((left.double() - right.double()).abs().max()) / scale
+                worst = max(worst, error if error == error else float("inf"))
+        self.rows.append(Check(pair, what, worst, tolerance, worst <= tolerance, note))
+        return self.rows[-1]
+
+    def run(self, model: nn.Module | ExportedProgram | None, onnx: str | Path | None, frames: int | None, runtime: bool) -> list[Check]:
+        self.law(frames or 9)
+        if model is not None:
+            self.say("original")
+            getattr(self, self.stream.options.preset)(model)
+        if runtime or onnx is not None:
+            self.say("ONNX Runtime")
+            self.runtime(onnx)
+        return self.rows
+
+    # -- the law
+
+    def law(self, frames: int) -> None:
+        stream = self.stream
+        self.say("clip form")
+        inputs = self.clip(3, frames)
+        whole = stream.clip(*inputs)
+        out, *final = stream.chunk(*inputs, *stream.caches(3))
+        self.compare("clip form = one chunk", f"batch 3, {frames} frames", out, whole, self.tolerance)
+        for sizes in ((1, 2, 5), (2,)):
+            self.say(f"chunks of {', '.join(map(str, sizes))}")
+            got = self.chunked(inputs, frames, sizes)
+            what = f"batch 3, chunks of {', '.join(map(str, sizes))}, outputs and caches"
+            self.compare("clip form = chunks", what, got, (whole, final), self.tolerance)
+        self.say("step form")
+        reset = frames // 2
+        steps, late = self.stepped(inputs, frames, reset)
+        what = f"batch 3, {frames} frames, outputs and caches"
+        check = self.compare("clip form = step form", what, steps, (whole, final), self.tolerance)
+        if not check.ok:
+            self.rows[-1] = replace(check, note=first_part(stream, inputs, frames))
+        rest = self.cut(inputs, reset, frames, 1)
+        again, *fresh = stream.chunk(*rest, *stream.caches(1))
+        what = f"one row of three reset after {reset} frames, outputs and caches"
+        self.compare("clip form = step form", what, late, (again, fresh), self.tolerance)
+        one = self.cut(inputs, 0, frames, 0)
+        self.compare("batch 1 = batch 3", "clip form", self.take(whole, 0), stream.clip(*one), self.tolerance)
+
+    def chunked(self, inputs: tuple[Any, ...], frames: int, sizes: Sequence[int]) -> tuple[Any, Sequence[Tensor]]:
+        caches: Sequence[Tensor] = self.stream.caches(3)
+        parts, at, turn = [], 0, 0
+        while at < frames:
+            size = min(sizes[turn % len(sizes)], frames - at)
+            out, *caches = self.stream.chunk(*self.cut(inputs, at, at + size), *caches)
+            parts.append(out)
+            at, turn = at + size, turn + 1
+        return self.joined(parts, torch.cat), caches
+
+    def stepped(self, inputs: tuple[Any, ...], frames: int, reset: int) -> tuple[Any, Any]:
+        """Steps over the whole stream, and again with row 1 reset in the middle (that row alone, from there on)."""
+        caches: Sequence[Tensor] = self.stream.caches(3)
+        parts, late = [], []
+        second: Sequence[Tensor] | None = None
+        for time in range(frames):
+            frame = self.stream.frame(inputs, time)
+            if time == reset:
+                second = [cache.clone() for cache in caches]
+                for cache in second:
+                    cache[1] = 0
+            if second is not None:
+                out, *second = self.stream.step(*frame, *second)
+                late.append(pytree.tree_map(lambda leaf: leaf[1:2] if isinstance(leaf, Tensor) else leaf, out))
+            out, *caches = self.stream.step(*frame, *caches)
+            parts.append(out)
+        assert second is not None
+        row = [cache[1:2] for cache in second]
+        return (self.joined(parts, torch.stack), caches), (self.joined(late, torch.stack), row)
+
+    def joined(self, parts: Sequence[Any], how: Callable[..., Tensor]) -> Any:
+        """Outputs of several calls as the clip form gives them."""
+        leaves = [pytree.tree_leaves(part) for part in parts]
+        result = []
+        for index, output in enumerate(self.stream.dissected.outputs):
+            column = [row[index] for row in leaves]
+            if output.value is None or output.value.constant:
+                result.append(column[-1])
+            else:
+                result.append(_stack(column, output.value.axes) if how is torch.stack else torch.cat(column, output_time(output.value.axes)))
+        return pytree.tree_unflatten(result, pytree.tree_structure(parts[0]))
+
+    def cut(self, inputs: tuple[Any, ...], start: int, stop: int, row: int | None = None) -> tuple[Any, ...]:
+        leaves, spec = pytree.tree_flatten(inputs)
+        taken = []
+        for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True):
+            leaf = leaf if row is None or not isinstance(leaf, Tensor) else leaf[row : row + 1]
+            taken.append(leaf if dim is None else leaf.narrow(dim, start, stop - start))
+        return pytree.tree_unflatten(taken, spec)  # type: ignore[no-any-return]
+
+    def take(self, out: Any, row: int) -> Any:
+        leaves, spec = pytree.tree_flatten(out)
+        kept = [
+            leaf if output.value is None or output.value.constant else leaf[row : row + 1]
+            for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True)
+        ]
+        return pytree.tree_unflatten(kept, spec)
+
+    # -- the original
+
+    def lengths(self) -> list[int]:
+        frames = max(leaf.shape[dim] for leaf, dim in self.timed(self.stream.example))
+        shorter = [frames - 1, frames - 3, frames // 2 + 1]
+        return [frames, *dict.fromkeys(length for length in shorter if 0 < length < frames)]
+
+    def timed(self, inputs: tuple[Any, ...]) -> list[tuple[Tensor, int]]:
+        leaves = pytree.tree_leaves(inputs)
+        return [(leaf, dim) for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True) if dim is not None]
+
+    def exact(self, model: nn.Module | ExportedProgram) -> None:
+        run = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+        promise = self.stream.plan.exact
+        compared = 0
+        for frames in self.lengths():
+            inputs = self.clip(1, frames)
+            try:
+                with evaluating(run):
+                    wanted = run(*pytree.tree_map(lambda leaf: leaf, inputs))
+            except Exception:
+                if frames == self.lengths()[0]:
+                    raise
+                continue  # the original accepts no clip of this length
+            got = self.positions(self.stream.offline(*inputs), frames)
+            what = f"stream and flush of {frames} frames"
+            tolerance = self.tolerance if promise else float("inf")
+            note = "" if promise else "approximate by the plan: " + ", ".join(row.path for row in self.stream.plan.approximate[:3])
+            check = self.compare("original = exact", what, got, wanted, tolerance, note)
+            if not check.ok:
+                self.rows[-1] = replace(check, note=first_part(self.stream, inputs, frames, model))
+            compared += 1
+            if compared == 2:
+                return
+
+    def positions(self, out: Any, frames: int) -> Any:
+        """The offline network's own positions out of a stream and its flush."""
+        leaves, spec = pytree.tree_flatten(out)
+        kept = []
+        delay = self.stream.timing.delay
+        for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True):
+            if output.value is None or output.value.constant:
+                kept.append(leaf)
+                continue
+            clock, dim = output.value.clock, output_time(output.value.axes)
+            last = clock.last(frames) - delay
+            if output.value.axes.time is None:
+                kept.append(leaf.select(dim, last))
+            else:
+                index = torch.arange(clock.delay - delay, last + 1, clock.stride, device=leaf.device)
+                kept.append(leaf.index_select(dim, index))
+        return pytree.tree_unflatten(kept, spec)
+
+    def d3d(self, model: nn.Module | ExportedProgram) -> None:
+        frames = self.lengths()[0]
+        inputs = self.clip(1, frames, still=True)
+        pair, what = "original = d3d", "a still scene in steady state, away from the clip's edges"
+        wanted = self.imagined(oracle.Still, model, inputs, pair, what)
+        if wanted is None:
+            return
+        caches: Sequence[Tensor] = self.stream.caches(1)
+        steady = self.stream.timing.warmup + 1
+        frame = self.stream.frame(inputs, 0)
+        out = None
+        for _ in range(steady):
+            out, *caches = self.stream.step(*frame, *caches)
+        leaves = pytree.tree_leaves(wanted)
+        ends = []
+        for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True):
+            time = None if output.value is None else output.value.axes.time
+            ends.append(leaf if time is None else _select(leaf, output.value.axes))  # type: ignore[union-attr]
+        promise = self.stream.options.pool != "none" and not self.stream.options.overrides
+        self.compare(pair, what, pytree.tree_leaves(out), ends, max(self.tolerance, 1e-4) if promise else float("inf"))
+
+    def causal(self, model: nn.Module | ExportedProgram) -> None:
+        frames = self.lengths()[0]
+        inputs = self.clip(1, frames)
+        pair, what = "original, kernels shifted = causal", f"{frames} frames"
+        wanted = self.imagined(oracle.Shifted, model, inputs, pair, what)
+        if wanted is None:
+            return
+        out = self.stream.clip(*inputs)
+        got, kept = [], []
+        for leaf, want, output in zip(pytree.tree_leaves(out), pytree.tree_leaves(wanted), self.stream.dissected.outputs, strict=True):
+            if output.value is None or output.value.constant:
+                continue
+            dim, stride = output_time(output.value.axes), output.value.clock.stride
+            if output.value.axes.time is None:
+                got.append(leaf.select(dim, (frames - 1) // stride * stride))
+            else:
+                got.append(leaf.index_select(dim, torch.arange(0, frames, stride)))
+            kept.append(want)
+        promise = self.stream.options.pool == "window" and self.stream.options.window is None and not self.stream.options.overrides
+        self.compare(pair, what, got, kept, max(self.tolerance, 1e-4) if promise else float("inf"))
+
+    def imagined(self, kind: Any, model: Any, inputs: tuple[Any, ...], pair: str, what: str) -> Any:
+        try:
+            module = oracle.original(model, inputs)
+            values = kind(module, self.stream.dissected.trace).run(*pytree.tree_leaves(inputs))
+        except Exception as error:
+            note = f"the original cannot be run that way: {type(error).__name__} {str(error).splitlines()[0][:120] if str(error) else ''}".strip()
+            self.rows.append(Check(pair, what, None, None, True, note))
+            return None
+        return values
+
+    # -- the runtime
+
+    def runtime(self, onnx: str | Path | None) -> None:
+        from dissect.exporting import export
+
+        if onnx is not None:
+            self.drive(Path(onnx))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.drive(export(self.stream, Path(folder) / "step.onnx"))
+
+    def drive(self, path: Path) -> None:
+        import numpy as np
+
+        from dissect.runner import Runner
+
+        frames = 7
+        inputs = self.clip(3, frames)
+        expected = self.clip_of(inputs)
+        runner = Runner(path, batch=3, providers=["CPUExecutionProvider"])
+        delay = self.stream.timing.delay
+        total = frames + self.stream.flush_frames(frames)
+        outputs = []
+        for time in range(frames):
+            out = runner.step(*[np.ascontiguousarray(leaf) for leaf in self.arrays(self.stream.frame(inputs, time))])
+            if time >= delay:
+                outputs.append(out)
+        outputs += runner.flush()
+        wanted = expected[: max(0, total - delay)]
+        what = f"batch 3, {frames} frames and {total - frames} of flush" if total > frames else f"batch 3, {frames} frames"
+        if len(outputs) != len(wanted):
+            self.rows.append(Check("step form = ONNX Runtime", what, None, None, False, f"{len(outputs)} outputs, not {len(wanted)}"))
+            return
+        self.compare("step form = ONNX Runtime", what, [pytree.tree_leaves(out) for out in outputs], wanted, 1e-3 if self.tolerance < 1e-4 else 1e-4)
+
+    def arrays(self, frame: Any) -> list[Any]:
+        return [leaf.float().numpy() if leaf.is_floating_point() else leaf.numpy() for leaf in pytree.tree_leaves(frame)]
+
+    def clip_of(self, inputs: tuple[Any, ...]) -> list[list[Tensor]]:
+        """The outputs of stream and flush by the chunk form, one entry a frame."""
+        out = self.stream.offline(*inputs)
+        columns = []
+        for leaf, output in zip(pytree.tree_leaves(out), self.stream.dissected.outputs, strict=True):
+            if output.value is not None and not output.value.constant:
+                columns.append(_unstack(leaf, output.value.axes))
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _unstack(leaf: Tensor, axes: Any) -> list[Tensor]:
+    """The clip form's output as frame tensors, one a frame."""
+    from dissect.ledger import split_frames
+
+    return split_frames(leaf, axes)
+
+
+def _select(leaf: Tensor, axes: Any) -> Tensor:
+    frames = _unstack(leaf, axes)
+    return frames[-1]
+
+
+def _stack(column: Sequence[Tensor], axes: Any) -> Tensor:
+    from dissect.ledger import join
+
+    return join(torch.stack(tuple(column), 1).flatten(0, 1), axes, len(column))
