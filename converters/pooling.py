@@ -116,8 +116,9 @@ def pool(
     if not ctx.exact:
         taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" else size)
         if (size, step) != (1, 1):
-            reason = f"{taps} of {size} frames" if taps < size else "past only" + (", temporal stride removed" if step > 1 else "")
-            ctx.row(f"pool over {taps} frame{'s' * (taps > 1)}", exact=False, reason=reason, **facts)
+            reasons = [f"{taps} of {size} frames"] if taps < size else ["past only"] if size > 1 else []
+            reasons += ["temporal stride removed"] if step > 1 else []
+            ctx.row("every frame" if taps == 1 else f"pool over {taps} frames", exact=False, reason=", ".join(reasons), **facts)
         size = min(taps, size)
         reach = (size - 1) * gap
         ages = [index * gap * clock.stride for index in reversed(range(size))]
@@ -155,7 +156,7 @@ def pool_taps(
 ) -> Value:
     """The temporal part of a pool over the given ages; ``edges``: some windows look past the clip."""
     clock = y.clock
-    if len(ages) == 1 and not edges:
+    if len(ages) == 1:
         return Value(y.node, axes, timing, y.dtype)
     extra: dict[str, Any] = {}
     if kind == "max":
@@ -222,7 +223,7 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
     if time is None:
         return y
     positions, wanted = x.shape[channels + time], size[time]
-    if wanted == positions:
+    if wanted == positions and not (wanted == 1 and ctx.preset == "d3d" and y.clock.removed > 1):
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))
     if wanted == 1:

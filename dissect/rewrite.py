@@ -407,7 +407,7 @@ class Context:
         policy = settings.get("pool", "window" if "window" in settings else self.options.pool)
         window = settings.get("window", self.options.window)
         if self.preset == "d3d":
-            positions = min(positions * clock.removed, self.frames) if positions > 1 else positions
+            positions = min(positions * clock.removed, self.frames)
         positions, given = (window, True) if window is not None else (positions, False)
         stride = clock.stride
         value = self.settled(value)
