@@ -109,6 +109,7 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
             env[node] = graph.get_attr(key)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].name = node.name  # a copy is renamed where the name is a builtin's, as `input` is
     return fx.GraphModule(root, graph)
 
 

@@ -6,7 +6,6 @@ A command parses, calls the API and prints. torch is imported by the commands th
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +94,16 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         found |= {"plan": json.loads(stream.plan.to_json()), "totals": totals}
         words = [("plan", workbench.summary(stream)), *workbench.in_words(totals), ("preprocessing", pictures)]
         stage.print(out, rendering.pairs(words))
-        if rest["checked"]:
-            from dissect.verifying import verify as verified
-
-            stage("verifying")
-            report = verified(stream, work.network)
-            found["verification"] = _plain(report)
-            stage.print(out, rendering.text(str(report)))
-            report.check()
         stage("writing")
-        stream.export(path)
+        with workbench.written(stream, path) as file:
+            if rest["checked"]:
+                from dissect.verifying import verify as verified
+
+                stage("verifying")
+                report = verified(stream, work.network, onnx=file, progress=stage.detail)
+                found["verification"] = workbench.plain(report)
+                stage.print(out, rendering.report_table(report.rows))
+                report.check()
         found |= {"file": str(path), "bytes": path.stat().st_size}
         stage.print(out, rendering.pairs([("file", f"{path}, {rendering.kilobytes(found['bytes'])}")]))
         if rest["measured"]:
@@ -144,11 +143,11 @@ def verify(model: str, step: Path, as_json: bool, **rest: Any) -> None:
         stage("dissecting")
         stream = workbench.stream_of(work, rest)
         stage("verifying")
-        report = verified(stream, work.network, onnx=step)
+        report = verified(stream, work.network, onnx=step, progress=stage.detail)
     if as_json:
-        click.echo(json.dumps({"ok": report.ok, "verification": _plain(report)}))
+        click.echo(json.dumps({"ok": report.ok, "verification": workbench.plain(report)}))
     else:
-        rendering.console().print(rendering.text(str(report)))
+        rendering.console().print(rendering.report_table(report.rows))
     report.check()
 
 
@@ -224,9 +223,3 @@ def run(step: Path, video: str, threads: int | None, provider: str | None, as_js
     found = watching.watch(Runner(step, 1, provider, threads), video, **rest, quiet=as_json)
     if as_json:
         click.echo(json.dumps({"ok": True, **found}))
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    """A verification report as plain values."""
-    rows = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else str(row) for row in report.rows]
-    return {"ok": report.ok, "rows": rows}

@@ -47,6 +47,17 @@ def caches_of(dissected: Dissected) -> tuple[Cache, ...]:
     return tuple(found)
 
 
+class Structure:
+    """How inputs and outputs nest; shared by all copies of a form, since nothing changes it."""
+
+    def __init__(self, inputs: pytree.TreeSpec, outputs: pytree.TreeSpec) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
+        return self
+
+
 class Form(nn.Module):
     """One form of a dissected network; its modules and parameters stand at the original network's paths.
 
@@ -63,8 +74,7 @@ class Form(nn.Module):
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self.__dict__["run"] = module
         self.kind = kind
-        self.in_spec = dissected.captured.in_spec
-        self.out_spec = dissected.captured.out_spec
+        self.structure = Structure(dissected.captured.in_spec, dissected.captured.out_spec)
         self.literals = tuple(None if output.value is not None else (output.literal,) for output in dissected.outputs)
 
     @property
@@ -82,7 +92,7 @@ class Form(nn.Module):
         return self
 
     def forward(self, *args: Any) -> Any:
-        given = self.in_spec.child(0).num_children
+        given = self.structure.inputs.child(0).num_children
         if len(args) < given:
             raise TypeError(f"the {self.kind} form takes {given} input{'s' * (given > 1)}, not {len(args)}")
         inputs = pytree.tree_leaves(args[:given])
@@ -91,7 +101,7 @@ class Form(nn.Module):
         count = sum(literal is None for literal in self.literals)
         outputs = iter(values[:count])
         leaves = [next(outputs) if literal is None else literal[0] for literal in self.literals]
-        result = pytree.tree_unflatten(leaves, self.out_spec)
+        result = pytree.tree_unflatten(leaves, self.structure.outputs)
         return result if self.kind == "clip" else (result, *values[count:])
 
 

@@ -89,10 +89,10 @@ def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) 
 
 
 def _with(recorder: _Recorder, form: Any, args: tuple[Any, ...]) -> Any:
-    given = form.in_spec.child(0).num_children
+    given = form.structure.inputs.child(0).num_children
     values = recorder.run(*pytree.tree_leaves(args[:given]), *args[given:])
     count = sum(literal is None for literal in form.literals)
-    return (pytree.tree_unflatten(list(values[:count]), form.out_spec), *values[count:])
+    return (pytree.tree_unflatten(list(values[:count]), form.structure.outputs), *values[count:])
 
 
 def _differ(left: Tensor, right: Tensor) -> bool:

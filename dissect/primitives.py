@@ -272,6 +272,11 @@ class WindowReduce(Primitive):
             total = values[0]
             for value in values[1:]:
                 total = join(total, value)
+            if masks:  # a window with nothing in it is no position; it must stay finite, for what a gate multiplies by zero
+                counted = masks[0]
+                for mask in masks[1:]:
+                    counted = torch.maximum(counted, mask)
+                total = torch.where(lifted(counted, total) > 0, total, torch.zeros_like(out))
             return total
         if frames is None and len(values) > 4 and self.contiguous:
             total = self.summed(known)

@@ -23,6 +23,7 @@ __all__ = [
     "pairs",
     "plan_table",
     "print_comparison",
+    "report_table",
     "scores_table",
     "text",
 ]
@@ -82,6 +83,18 @@ def plan_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+def report_table(rows: Sequence[Any]) -> Table:
+    """The checks of a verification: ``pair``, ``what``, ``error``, ``tolerance``, ``ok`` and ``note``."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in ("promise", "on", "error", "allowed", "", "remark"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        error, allowed = ("-" if value is None else f"{value:.1e}" for value in (row.error, row.tolerance))
+        held = "[green]holds[/]" if row.ok else "[bold red]BROKEN[/]"
+        table.add_row(escape(row.pair), escape(row.what), error, allowed, held, escape(row.note))
+    return table
+
+
 def latency_table(rows: Sequence[tuple[str, Any]]) -> Table:
     """Latencies by name, one a line: anything with ``median``, ``p95`` (milliseconds) and ``rate`` (a second)."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
@@ -121,14 +134,18 @@ class Stages:
             disable=not sys.stderr.isatty(),
         )
         self._task = self._bar.add_task("", total=count, start=True)
-        self._begun = False
+        self._begun, self._name = False, ""
 
     def __call__(self, name: str) -> None:
         """The next stage begins."""
         if self._begun:
             self._bar.advance(self._task)
-        self._begun = True
+        self._begun, self._name = True, name
         self._bar.update(self._task, description=name)
+
+    def detail(self, name: str) -> None:
+        """What the stage is at."""
+        self._bar.update(self._task, description=f"{self._name}: {name}")
 
     def print(self, out: Console, result: RenderableType) -> None:
         """Print to another console, out of the bar's way."""

@@ -133,8 +133,10 @@ class _Verifier:
                 self.rows.append(Check(pair, what, None, None, False, f"shapes {tuple(left.shape)} and {tuple(right.shape)} differ"))
                 return self.rows[-1]
             if right.numel():
-                scale = max(float(right.abs().max()), 1e-12)
-                error = float((left.double() - right.double()).abs().max()) / scale
+                left, right = left.double(), right.double()
+                scale = max(float(right.nan_to_num(0.0, 0.0, 0.0).abs().max()), 1e-12)
+                same = (left == right) | (left.isnan() & right.isnan())
+                error = float(torch.where(same, 0.0, left - right).abs().max()) / scale
                 worst = max(worst, error if error == error else float("inf"))
         self.rows.append(Check(pair, what, worst, tolerance, worst <= tolerance, note))
         return self.rows[-1]

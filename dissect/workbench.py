@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dissect import benchmarking
-from dissect.errors import DissectError, PlanError
+from dissect.errors import DissectError, ExportError, PlanError
 from dissect.options import merged
 from dissect.playing import read_labels
 from dissect.preprocess import Preprocess
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from dissect.runner import Runner
     from dissect.stream import Stream
+    from dissect.verifying import Report
 
 __all__ = [
     "Work",
@@ -27,12 +31,14 @@ __all__ = [
     "describe",
     "in_words",
     "name_of",
+    "plain",
     "race",
     "shapes_of",
     "stream_of",
     "summary",
     "totals",
     "work_of",
+    "written",
 ]
 
 _CLIP = (1, 3, 16, 112, 112)
@@ -126,6 +132,30 @@ def shapes_of(runner: Runner, frames: int = 16) -> list[tuple[int, ...]]:
 def batched(shape: Any, batch: int) -> Any:
     """The sizes of an input, or of a list of them, with another batch."""
     return [batched(part, batch) for part in shape] if isinstance(shape, list) else (batch, *shape[1:])
+
+
+@contextmanager
+def written(stream: Stream, path: Path) -> Iterator[Path]:
+    """Write the step model beside ``path`` for the time of the block, and move it there if the block ends in peace.
+
+    Raises :class:`~dissect.errors.ExportError` before anything is written where ``path`` is no place for a file.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ExportError(
+            f"{path} {'is a folder' if path.is_dir() else 'lies in no folder'}; name a file with --output."
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = stream.export(Path(folder) / path.name)
+        yield file
+        for part in Path(folder).iterdir():  # the weights of a model past 2 GB lie beside it
+            if part != file:
+                os.replace(part, path.parent / part.name)
+        os.replace(file, path)
+
+
+def plain(report: Report) -> dict[str, Any]:
+    """A verification report as plain values."""
+    return {"ok": report.ok, "rows": [asdict(row) for row in report.rows]}
 
 
 def totals(stream: Stream, work: Work) -> dict[str, Any]:
