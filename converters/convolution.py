@@ -67,7 +67,9 @@ def convolution(
     groups: int,
 ) -> Value:
     if transposed:
-        raise Refused("a transposed convolution in this form has no converter")
+        from dissect.converters.transposed import conv_transpose
+
+        return conv_transpose(ctx, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return conv(ctx, x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -92,6 +94,8 @@ def convolve(
         raise Refused("a convolution whose kernel is computed from the clip")
     time = next((dim - 2 for dim in range(2, dims + 2) if x.axes[dim].is_time), None)
     space = [dim for dim in range(dims) if dim != time]
+    if bias is not None and (time is None or (weight.shape[2 + time] == 1 and padding[time] == (0, 0))):
+        x = ctx.settled(x)  # a bias is what this layer makes of a padding before the stream
     settings: dict[str, Any] = {
         "time": time,
         "stride": [stride[dim] for dim in space],

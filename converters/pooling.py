@@ -105,6 +105,8 @@ def pool(
     scale = divisor or 1.0
     if size == positions and pad == 0 and gap == 1 and size > 1:
         total = ctx.pool_time(y, "sum" if divisor else kind, axes)
+        total = ctx.reframe(total, axes.replace(channels + time, plain_axis(1)))
+        axes = total.axes
         return ctx.call(torch.div, (total, scale), axes, total.timing, total.dtype) if divisor else total
     facts: dict[str, Any] = {"kernel": size, "stride": step, "padding": (pad, pad), "dilation": gap}
     clock = y.clock
@@ -227,7 +229,7 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))
     if wanted == 1:
-        return ctx.pool_time(y, kind, out)
+        return ctx.reframe(ctx.pool_time(y, kind, out), out.replace(channels + time, plain_axis(1)))
     if positions % wanted:
         raise Refused(
             f"an adaptive pool of {positions} positions to {wanted} has bins of uneven length, which follow no stream",

@@ -28,6 +28,7 @@ _HOME = {
     "NotStreamable": "errors",
     "PlanError": "errors",
     "Refusal": "errors",
+    "Refused": "rewrite",
     "StreamError": "errors",
     "VerificationError": "errors",
     "VideoError": "errors",
@@ -39,6 +40,8 @@ _HOME = {
     "converter": "registry",
     "export": "exporting",
     "load": "loading",
+    "per_frame": "opaque",
+    "pointwise": "registry",
     "verify": "verifying",
     "zoo": "",
 }
@@ -61,9 +64,11 @@ if TYPE_CHECKING:
     )
     from dissect.exporting import export
     from dissect.loading import load
+    from dissect.opaque import per_frame
     from dissect.plan import Plan
     from dissect.preprocess import Preprocess
-    from dissect.registry import converter
+    from dissect.registry import converter, pointwise
+    from dissect.rewrite import Refused
     from dissect.runner import Runner
     from dissect.stream import Stream, convert
     from dissect.verifying import verify

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.errors import CaptureError
+from dissect.opaque import standing_aside
 
 __all__ = ["Captured", "capture", "copied", "dropout"]
 
@@ -76,7 +77,7 @@ def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> Cap
         model = model.module(check_guards=False)
     failures: list[Exception] = []
     batch = _batch_of(example)
-    with evaluating(model):
+    with evaluating(model), standing_aside(model, example):
         for shim in (False, True):
             for size in dict.fromkeys((*BATCHES, batch)):
                 try:

@@ -44,8 +44,7 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
         stream = workbench.stream_of(work, rest)
     except NotStreamable as error:
         if not as_json:  # all that is known of it; the error, which names the fixes, follows
-            rows = [(row.path or "<top level>", row.op, "refused", row.reason) for row in error.refusals]
-            rendering.console().print(rendering.plan_table(("layer", "operator", "verdict", "why"), rows))
+            rendering.console().print(rendering.refusal_table(error.refusals))
         raise
     totals = workbench.totals(stream, work)
     if as_json:
@@ -55,7 +54,7 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
         click.echo("\n" + "\n".join(f"- {name}: {value}" for name, value in workbench.in_words(totals)))
     else:
         out = rendering.console()
-        out.print(rendering.plan_table(*stream.plan.table()))
+        out.print(rendering.plan_table(stream.plan.rows))
         out.print(rendering.pairs([("plan", workbench.summary(stream)), *workbench.in_words(totals)]))
 
 

@@ -65,9 +65,10 @@ class FrameConv(Primitive):
     def space(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """The convolution of frames without a time axis."""
         if self.dims == 0:
-            if groups == 1 and not self.transposed:
-                return F.linear(x, weight, bias)
-            return F.conv1d(x.unsqueeze(-1), weight.unsqueeze(-1), bias, groups=groups).squeeze(-1)
+            if groups == 1:
+                return F.linear(x, weight.t() if self.transposed else weight, bias)
+            points = F.conv_transpose1d if self.transposed else F.conv1d
+            return points(x.unsqueeze(-1), weight.unsqueeze(-1), bias, groups=groups).squeeze(-1)
         even = all(left == right for left, right in self.padding)
         if not even:
             x = F.pad(x, [width for pair in reversed(self.padding) for width in pair])
@@ -88,12 +89,23 @@ class FrameConv(Primitive):
 
 
 class TemporalConv(FrameConv):
-    """A convolution over the values of the given ages (falling, evenly spaced) of a history, and over space."""
+    """A convolution over the values of the given ages (falling, evenly spaced) of a history, and over space.
+
+    A transposed one reads its kernel backwards: its first tap meets the newest value.
+    """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, *, ages: Sequence[int], **space: Any) -> None:
         super().__init__(weight, bias, **space)
         self.ages = tuple(ages)
         self.spacing = self.ages[0] - self.ages[1]
+
+    def taps(self, weight: Tensor) -> Tensor:
+        taps = super().taps(weight)
+        return taps.flip(0) if self.transposed else taps
+
+    def stacked(self, taps: Tensor) -> Tensor:
+        """The weight over stacked channels: all taps in one, along the input's channels."""
+        return torch.cat(tuple(taps), 0 if self.transposed else 1)
 
     def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
         weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
@@ -119,8 +131,8 @@ class TemporalConv(FrameConv):
         return y.movedim(2, 1).flatten(0, 1)  # type: ignore[no-any-return]
 
     def step(self, known: Any, taps: Tensor, bias: Tensor | None, frames: int | None = None) -> Tensor:
-        if self.groups == 1 and frames is None and not self.transposed:
-            return self.space(stacked(known, self.ages), torch.cat(tuple(taps), 1), bias, 1)
+        if self.groups == 1 and frames is None:
+            return self.space(stacked(known, self.ages), self.stacked(taps), bias, 1)
         total = None
         for age, weight in zip(self.ages, taps, strict=True):
             part = self.space(tap(known, age, frames), weight, bias if age == self.ages[-1] else None, self.groups)

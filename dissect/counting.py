@@ -91,9 +91,9 @@ def _relu(values: Sequence[int], *_: Any, **__: Any) -> int:
 
 
 def _max_pool(values: Sequence[int], kernel: Sequence[int], *_: Any, out_shape: Any, **__: Any) -> int:
-    results, _indices = out_shape
-    kernel = kernel if len(kernel) > 1 else kernel * (len(values) - 2)
-    return 2 * prod(kernel) * prod(results)
+    results: Sequence[int] = out_shape[0]  # the second output are the indices
+    sides = kernel if len(kernel) > 1 else [*kernel] * (len(values) - 2)
+    return 2 * prod(sides) * prod(results)
 
 
 _FUSED = {torch.ops.aten.mkldnn_rnn_layer: _lstm}

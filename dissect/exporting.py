@@ -40,19 +40,17 @@ def export(
     preprocess: Any = None,
     labels: Sequence[str] | None = None,
     reset: bool = False,
-    gates: bool = True,
 ) -> Path:
     """Write the step model of ``stream`` to ``path`` and return the path.
 
     ``preprocess`` (a :class:`~dissect.Preprocess`) and ``labels`` go into the file's metadata. ``reset`` adds a boolean
-    input ``reset``, ``(batch,)``, that clears a row's caches before the step. ``gates=False`` leaves out what only the first
-    and last frames of a stream need: the steady state of a live stream is the same, and there is no flush. Raises
-    :class:`~dissect.ExportError` where ONNX has no form for an operator.
+    input ``reset``, ``(batch,)``, that clears a row's caches before the step. Raises :class:`~dissect.ExportError` where
+    ONNX has no form for an operator.
     """
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         raise ExportError(f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder that exists")
-    model = to_model(stream, preprocess, labels, reset, gates)
+    model = to_model(stream, preprocess, labels, reset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     with _beside(target) as partial:
         if size > LIMIT:
@@ -65,12 +63,10 @@ def export(
     return target
 
 
-def to_model(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False, gates: bool = True) -> ir.Model:
+def to_model(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
     contract = contract_of(stream, preprocess, labels)
     step: nn.Module = lower(stream)
-    if not gates:
-        raise ExportError("an export without gates is not there yet; leave gates=True")
     frames = [leaf[:1].float() if leaf.is_floating_point() else leaf[:1] for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
     caches = [cache.spec.zeros(ROWS, torch.float32) for cache in stream.cache_list]

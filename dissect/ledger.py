@@ -1,7 +1,7 @@
 """The axis ledger: which dimension of a tensor carries the batch, and which carries time.
 
-Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, or plain space
-``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
+Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, a window ``K`` of the
+last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
 after it was merged into the batch (``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
 
 A *frame tensor* is the same value without its ``N`` and ``T`` factors and with one leading
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +28,19 @@ class LedgerError(Exception):
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a dimension: ``kind`` is ``"N"``, ``"T"`` or ``"S"``; ``size`` is the example's."""
+    """One factor of a dimension: ``kind`` is ``"N"``, ``"T"``, ``"K"`` or ``"S"``; ``size`` is the example's.
 
-    kind: Literal["N", "T", "S"]
+    ``window`` says which positions a ``K`` holds (see :mod:`dissect.windows`).
+    """
+
+    kind: Literal["N", "T", "K", "S"]
     size: int
+    window: Any = None
+
+    @property
+    def inner(self) -> bool:
+        """Part of a frame tensor."""
+        return self.kind in "SK"
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Axis:
     @property
     def dropped(self) -> bool:
         """Nothing but batch and time: a frame tensor does not have this dimension."""
-        return bool(self.factors) and all(factor.kind != "S" for factor in self.factors)
+        return bool(self.factors) and not any(factor.inner for factor in self.factors)
 
     @property
     def is_time(self) -> bool:
@@ -65,7 +74,7 @@ class Axis:
     @property
     def space(self) -> int:
         """The size left in a frame tensor."""
-        return prod(factor.size for factor in self.factors if factor.kind == "S")
+        return prod(factor.size for factor in self.factors if factor.inner)
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,7 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
                 continue
             share = gcd(room, head.size)
             if head.kind != "S" or share != room:
-                name = {"N": "batch", "T": "time"}.get(head.kind, "a")
+                name = {"N": "batch", "T": "time", "K": "time"}.get(head.kind, "a")
                 raise LedgerError(f"view({', '.join(map(str, shape))}) cuts through the {name} axis of size {head.size}")
             taken.append(Factor("S", share))
             queue.insert(0, Factor("S", head.size // share))
@@ -205,7 +214,7 @@ def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:
 def join(x: Tensor, axes: Axes, frames: int) -> Tensor:
     """A frame tensor ``(N*T, ...)`` in the original layout; an ended time axis comes back at dimension 2, or last."""
     parts = [factor for axis in axes.dims for factor in axis.factors]
-    space = [factor.size for factor in parts if factor.kind == "S"]
+    space = [factor.size for factor in parts if factor.inner]
     if x.numel() and prod(space) != prod(x.shape[1:]):  # other frame sizes than the example's
         if any(len(axis.factors) > 1 for axis in axes.dims):
             raise ValueError("a merged axis keeps the example's frame size")
@@ -217,7 +226,7 @@ def join(x: Tensor, axes: Axes, frames: int) -> Tensor:
     for axis in axes.dims:
         size = 1
         for factor in axis.factors:
-            if factor.kind == "S":
+            if factor.inner:
                 order.append(at)
                 at += 1
             else:
@@ -243,7 +252,7 @@ def split_frames(x: Tensor, axes: Axes) -> list[Tensor]:
     for axis, length in zip(axes.dims, x.shape, strict=True):
         known = axis.space
         for factor in axis.factors:
-            if factor.kind == "S":
+            if factor.inner:
                 rest.append(len(sizes))
                 sizes.append(factor.size if len(axis.factors) > 1 else length)
                 continue

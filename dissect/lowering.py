@@ -32,8 +32,10 @@ class LoweredConv(nn.Module):
         self.conv = conv
         self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
         taps = conv.taps(conv.weight.detach())
-        dense = self.ages is None or (conv.groups == 1 and not conv.transposed)
-        kernels = [torch.cat(tuple(taps), 1)] if dense else list(taps)
+        if isinstance(conv, TemporalConv):
+            kernels = [conv.stacked(taps)] if conv.groups == 1 else list(taps)
+        else:
+            kernels = [taps[0]]
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
         bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         self.bias = bias

@@ -1,7 +1,8 @@
 """What the commands of the command line have in common: their options, and what becomes of an error.
 
 Law: exit code 0 is done, 1 a promise that broke (verification), 2 wrong use, an unsupported network or a bug of ours;
-130 is a user's Ctrl-C. An error is one paragraph on standard error; ``--debug`` shows where it comes from.
+130 is a user's Ctrl-C, 143 a SIGTERM. An error is one paragraph on standard error; ``--debug`` shows where it comes
+from.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +37,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors end it with the code that they deserve."""
         try:
-            with _remarks():
+            with _remarks(), _ended_tidily():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -52,7 +55,7 @@ class Commands(click.Group):
             click.echo(click.style("Error: ", fg="red") + text, err=True)
             if not known and not ctx.meta.get(_DEBUG):
                 click.echo(
-                    "This is a bug of dissect. Run it again with --debug to see where, and report that.", err=True
+                    "This is a bug of dissect, or of your --rules: run it again with --debug to see where.", err=True
                 )
             if ctx.meta.get("dissect.json"):
                 click.echo(json.dumps({"ok": False, "error": {"type": type(error).__name__, "message": text}}))
@@ -210,6 +213,19 @@ def merged(settings: tuple[tuple[str, Mapping[str, Any]], ...]) -> dict[str, dic
 
 def _number(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+@contextmanager
+def _ended_tidily() -> Iterator[None]:
+    """A request to end (SIGTERM) ends the command as an error would, temporary files removed; exit code 143."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ __all__ = ["Shifted", "Still", "Unshiftable"]
 
 aten = torch.ops.aten
 _CONV = {aten.conv1d: F.conv1d, aten.conv2d: F.conv2d, aten.conv3d: F.conv3d}
+_TRANSPOSED = {aten.conv_transpose1d: F.conv_transpose1d, aten.conv_transpose2d: F.conv_transpose2d, aten.conv_transpose3d: F.conv_transpose3d}
 _POOLS = {aten.max_pool1d: 1, aten.max_pool2d: 2, aten.max_pool3d: 3, aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}
 
 
@@ -51,6 +52,8 @@ class _Edges(fx.Interpreter):
             return self.pool(n.target, _POOLS[packet], value.time, *args, **kwargs)
         if packet is aten.pad or packet is aten.constant_pad_nd:
             return self.pad(value.time, *args, **kwargs)
+        if packet in _TRANSPOSED:
+            return self.transposed(_TRANSPOSED[packet], value.time, *args, **kwargs)
         if packet is aten.slice and (args[1] if len(args) > 1 else 0) % args[0].dim() == value.time:
             step = args[4] if len(args) > 4 else 1
             return aten.slice(args[0], value.time, None, None, step)
@@ -74,6 +77,35 @@ class _Edges(fx.Interpreter):
         x = self.edge(x, time, (weight.shape[2 + at] - 1) * gaps[at], left, right, 0.0)
         x = F.pad(x, [width for pair in reversed(pairs) for width in pair])
         return target(x, weight, bias, stride, 0, dilation, groups)  # type: ignore[no-any-return]
+
+    def transposed(
+        self,
+        target: Any,
+        time: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        """Where the scene stands still, the mean of the phases: a stride that is gone leaves nothing to tell them apart."""
+        dims = weight.dim() - 2
+        at = time - 2
+        steps, gaps, pads, extra = (_spread(value, dims) for value in (stride, dilation, padding, output_padding))
+        size = weight.shape[2:][at] if at >= 0 else 1
+        if at < 0 or (size, steps[at], pads[at], extra[at]) == (1, 1, 0, 0):
+            return target(x, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore[no-any-return]
+        reach = (size - 1) * gaps[at]
+        count = (x.shape[time] - 1) * steps[at] - 2 * pads[at] + reach + extra[at] + 1
+        x = self.edge(x, time, reach, reach + 1, reach + 1, 0.0)
+        pads[at] = extra[at] = 0
+        y = target(x, weight, bias, steps, pads, extra, groups, gaps)
+        y = y.narrow(time, reach, y.shape[time] - 2 * reach)
+        y = y.narrow(time, 0, y.shape[time] // steps[at] * steps[at]).mean(time, keepdim=True)
+        return y.expand(*[count if dim == time else -1 for dim in range(y.dim())])
 
     def pool(self, target: Any, dims: int, time: int, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Tensor:
         at = time - (x.dim() - dims)
@@ -111,7 +143,22 @@ class Still(_Edges):
 
 
 class Shifted(_Edges):
-    """The original with its kernels shifted into the past: all padding on the left, none on the right."""
+    """The original with its kernels shifted into the past: all padding on the left, none on the right.
+
+    There is none for a network that adds positions between others, or normalises each frame by the whole clip.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        source = n.args[0] if n.op == "call_function" and n.args else None
+        value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
+        if value is not None and value.time is not None and isinstance(n.target, torch._ops.OpOverload):
+            packet, dim = n.target.overloadpacket, value.time
+            inner = dim if packet not in _INNER else dim - len(value.shape) + len(_INNER[packet](n))
+            if packet in _RESAMPLING and n.meta["val"].shape[dim] != value.shape[dim]:
+                raise Unshiftable("it resamples time")
+            if packet is aten._native_batch_norm_legit or (packet in _NORMS and inner >= _NORMS[packet]):
+                raise Unshiftable("it normalises by statistics over time")
+        return super().run_node(n)
 
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
         if reach < 0:  # a padding of its own: the next kernel brings its own

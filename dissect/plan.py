@@ -24,6 +24,7 @@ OVERRIDES: dict[str, tuple[type, str]] = {
     "depth": (int, "taps of a temporal convolution or pool; dropped taps are folded into the nearest kept one"),
     "pool": (str, "window, cumulative or none: what a global pool over time becomes"),
     "window": (int, "positions in the window of a global pool over time"),
+    "wait": (bool, "a pool that is broadcast back onto every frame waits for the whole clip: exact, with delay"),
 }
 
 
@@ -69,7 +70,7 @@ class Options:
                 if key not in OVERRIDES:
                     raise PlanError(f"override {pattern!r}: no setting {key!r}; there are {', '.join(OVERRIDES)}")
                 kind, meaning = OVERRIDES[key]
-                if not isinstance(value, kind) or (kind is int and value < 1):
+                if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
                     raise PlanError(f"override {pattern!r}: {key}={value!r} is no {kind.__name__} that fits ({meaning})")
                 if key == "pool" and value not in POOLS:
                     raise PlanError(f"override {pattern!r}: pool={value!r} is unknown; there are {', '.join(POOLS)}")

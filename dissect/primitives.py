@@ -57,6 +57,8 @@ class History(Primitive):
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
+        if self.depth == 0:
+            return ()
         channels, rest = (self.frame[0], self.frame[1:]) if self.frame else (1, ())
         return (CacheSpec((self.depth * channels, *rest)),)
 
@@ -64,6 +66,8 @@ class History(Primitive):
         if x.dim() == 1:
             x = x.unsqueeze(1)
         channels = x.shape[1]
+        if self.depth == 0:  # its readers take the present value alone: there is nothing to keep
+            return (x[:, :0], x) if frames is None else x.reshape(-1, frames, *x.shape[1:])
         if frames is None:
             assert caches is not None
             (cache,) = caches
@@ -130,7 +134,10 @@ class Tap(Primitive):
 
 @dataclass(frozen=True)
 class Query:
-    """A question to the clock: how many of the last ``positions`` positions, seen from ``shift`` frames ago, are inside."""
+    """A question to the clock: how many of the last ``positions`` positions, seen from ``shift`` frames ago, are inside.
+
+    With ``phase`` the answer is 0 between two positions; with ``since`` it is the number of frames since the last one.
+    """
 
     delay: int
     stride: int
@@ -138,6 +145,7 @@ class Query:
     shift: int = 0
     positions: int = 1
     phase: bool = False
+    since: bool = False
 
 
 class Clock(Primitive):
@@ -165,7 +173,7 @@ class Clock(Primitive):
 
     @property
     def phased(self) -> bool:
-        return any(query.phase for query in self.queries)
+        return any(query.phase or query.since for query in self.queries)
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
@@ -217,8 +225,10 @@ class Clock(Primitive):
         else:
             count = clamp((time - low).div(stride, rounding_mode="floor") + 1, positions)
         if self.phased:
-            due = ((time - low) % stride == 0) | ~row([query.phase for query in self.queries])
-            count = count * due
+            since = (time - low) % stride
+            count = count * ((since == 0) | ~row([query.phase for query in self.queries]))
+            if any(query.since for query in self.queries):
+                count = torch.where(row([query.since for query in self.queries]), since, count)
         return count
 
     def extra_repr(self) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from dissect.errors import DissectError
 
-__all__ = ["converter", "find", "load_rules", "registered"]
+__all__ = ["converter", "find", "load_rules", "pointwise", "registered"]
 
 Converter = Callable[..., Any]
 
@@ -46,6 +46,18 @@ def converter(*ops: Any) -> Callable[[Converter], Converter]:
         return function
 
     return register
+
+
+def pointwise(*ops: Any) -> None:
+    """Register operators that treat every element by itself: nothing about them changes in a stream."""
+
+    def convert(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+        from dissect.converters.pointwise import pointwise as apply
+
+        return apply(ctx, ctx.node.target, args, kwargs)
+
+    for op in ops:
+        converter(op)(convert)
 
 
 def find(op: Any) -> Converter | None:

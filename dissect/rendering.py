@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,9 +23,9 @@ __all__ = [
     "pairs",
     "plan_table",
     "print_comparison",
+    "refusal_table",
     "report_table",
     "scores_table",
-    "text",
 ]
 
 _COLORS = {"exact": "green", "approximate": "yellow", "refused": "bold red"}
@@ -58,11 +58,6 @@ def amount(count: float) -> str:
     return f"{count:.3g}"
 
 
-def text(words: str) -> Text:
-    """Words as they stand, whatever is in them."""
-    return Text(words)
-
-
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values, one pair a line."""
     table = Table.grid(padding=(0, 2))
@@ -73,14 +68,37 @@ def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def plan_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The plan, or any table whose verdicts (exact, approximate, refused) are to stand out."""
+def plan_table(rows: Sequence[Any]) -> Table:
+    """The plan, a line for each of its rows; kernel, stride and padding are those in time."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in head:
+    table.add_column("layer", overflow="fold", min_width=16)
+    table.add_column("operator", no_wrap=True)
+    table.add_column("k/s/p", no_wrap=True)
+    table.add_column("decision")
+    table.add_column("", no_wrap=True)
+    table.add_column("why")
+    table.add_column("cache", no_wrap=True, justify="right", min_width=7)
+    for row in rows:
+        padding = None if row.padding is None else ",".join(str(side) for side in row.padding)
+        sizes = "/".join(str(size) for size in (row.kernel, row.stride, padding) if size is not None)
+        cells = (row.path or "-", row.op.removeprefix("aten."), sizes, row.decision)
+        cache = kilobytes(row.cache_bytes) if row.cache_bytes else ""
+        table.add_row(*map(escape, cells), _verdict(row.verdict), escape(row.reason), cache)
+    return table
+
+
+def refusal_table(rows: Sequence[Any]) -> Table:
+    """The operators that cannot be streamed: where they are, what they are, and why."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in ("layer", "operator", "", "why"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(f"[{_COLORS[cell]}]{cell}[/]" if cell in _COLORS else escape(cell) for cell in row))
+        table.add_row(escape(row.path or "-"), escape(row.op), _verdict("refused"), escape(row.reason))
     return table
+
+
+def _verdict(word: str) -> str:
+    return f"[{_COLORS[word]}]{word}[/]" if word in _COLORS else escape(word)
 
 
 def report_table(rows: Sequence[Any]) -> Table:
@@ -164,12 +182,12 @@ class Stages:
 
 
 def scores_table(title: str, top: Sequence[tuple[str, float]], whole: float = 1.0) -> RenderableType:
-    """The best labels with bars; a bar is full at ``whole``."""
-    table = Table(box=None, title=escape(title), title_justify="left", show_header=False, pad_edge=False)
+    """The best labels with bars under a title; a bar is full at ``whole``."""
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     table.add_column(style="cyan")
     for label, score in top:
-        share = max(0.0, min(1.0, score / whole)) if whole else 0.0
+        share = max(0.0, min(1.0, score / whole)) if whole > 0 else 0.0
         table.add_row(escape(label), f"{score:.3f}", "█" * round(share * 40))
-    return table
+    return Group(Text(title, style="bold"), table)

@@ -99,6 +99,7 @@ class Dissected:
     refusals: tuple[Refusal, ...]
     captured: Captured
     trace: Mapping[str, Value]
+    grain: int = 1
 
 
 class _Poison:
@@ -125,6 +126,7 @@ class Context:
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
         self.element_size = 4
+        self.grain = 1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
         self._histories: dict[fx.Node, tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[fx.Node, float], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -321,6 +323,7 @@ class Context:
     def align(self, values: Sequence[Value]) -> tuple[list[Value], Timing]:
         """Bring operands to one delay (they wait for the latest); refuses operands of different strides."""
         moving = [value for value in values if not value.constant]
+        self.broadcast_back(moving)
         strides = {value.clock.stride for value in moving}
         if len(strides) > 1:
             raise Refused(
@@ -335,6 +338,15 @@ class Context:
         out = [value if value.constant else next(done) for value in values]
         clocks = [value.clock for value in out if not value.constant]
         return out, clocks[0] if len(clocks) == 1 else joined(clocks)
+
+    def broadcast_back(self, values: Sequence[Value]) -> None:
+        """Note a value of the whole clip that meets single frames: offline, they see the clip's future through it."""
+        if all(value.time is None for value in values):
+            return
+        for index in frozenset().union(*(value.clock.pooled for value in values if value.time is None)):
+            row = self.rows[index]
+            reason = f"window of the past, broadcast back onto every frame; --set '{row.path}: wait=true' buys exactness with delay"
+            self.rows[index] = replace(row, verdict="approximate", reason=reason)
 
     def settled(self, value: Value) -> Value:
         """A value whose position 0 is not before the stream (it is, behind a zero padding): delayed until it is not."""
@@ -424,7 +436,8 @@ class Context:
             phased = self.exact and stride > 1
             masked = (self.inside(clock, phase=phased),) if self.exact else ()
             before = CumulativeMean(value.axes.frame, kind="mean" if kind == "sum" else kind)
-            out = self.primitive("pool", before, (value, *masked), axes, timing.but(old=clock.old), value.dtype)
+            timing = timing.but(pooled=frozenset({len(self.rows)}) if self.exact else frozenset())
+            out = self.primitive("pool", before, (value, *masked), axes, timing, value.dtype)
             self.row(
                 "cumulative " + kind,
                 exact=self.exact,
@@ -432,8 +445,14 @@ class Context:
                 **facts,
             )
             return out if kind != "sum" else self.call(torch.mul, (out, facts["kernel"]), axes, out.timing, out.dtype)
+        wait = self.exact and bool(settings.get("wait"))
+        if wait:  # everything within reach on both sides: for a clip as long as the example's, all of it
+            timing = timing.but(delay=clock.delay + (positions - 1) * stride, new=clock.new)
+            positions = 2 * positions - 1
         ages = tuple(index * stride for index in reversed(range(positions)))
         exact = self.exact and not given
+        if exact and not wait:
+            timing = timing.but(pooled=frozenset({len(self.rows)}))
         note = f"window of {positions}" + (f" at stride {stride}" if stride > 1 else "")
         if kind in ("max", "min"):
             masks = () if clock.nonneg and kind == "max" else tuple(self.inside(clock, age) for age in ages)
@@ -590,6 +609,7 @@ def rewrite(captured: Captured, options: Options, time_dims: Sequence[int | None
         tuple(refusals),
         captured,
         trace,
+        ctx.grain,
     )
 
 
@@ -644,7 +664,10 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
     latest = max(0, *(value.clock.delay for value in moving))
     for index, output in enumerate(outputs):
         if output.value is not None and not output.value.constant:
-            outputs[index] = Output(ctx.delay(output.value, latest - output.value.clock.delay))
+            value = output.value
+            if ctx.exact and value.clock.last(ctx.frames) >= ctx.frames and not (ctx.clock and ctx.clock[0].flushes):
+                value = ctx.gate(value)  # no layer asks when the clip ends, but the flush must be told
+            outputs[index] = Output(ctx.delay(value, latest - value.clock.delay))
     ctx.graph.output(tuple(output.value.node for output in outputs if output.value is not None))
     ctx.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     live = {node.target for node in ctx.graph.nodes if node.op == "get_attr"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 __all__ = ["Length", "Timing", "joined"]
@@ -32,6 +33,15 @@ class Length:
             return Length(self.steps[:-1]).then(self.steps[-1][1] + add + 1)
         return Length((*self.steps, (mul, add, stride)))
 
+    @property
+    def period(self) -> int:
+        """The frames by which a clip grows when every division of the chain comes out even again."""
+        period = grown = 1
+        for mul, _, stride in self.steps:
+            more = stride // gcd(grown * mul, stride)
+            period, grown = period * more, grown * mul * more // stride
+        return period
+
     def __call__(self, frames: Any) -> Any:
         """The number of positions; ``frames`` is an ``int`` or an integer tensor."""
         count = frames
@@ -51,6 +61,8 @@ class Timing:
     fill        what the value holds outside its positions, where that is known (zeros of a padding)
     removed     the product of temporal strides that the preset took out
     nonneg      never below zero, so that a zero is as good as minus infinity to a max pool
+    padding     what an explicit padding added in front of and behind the positions, for the next convolution to know
+    pooled      rows of the plan that are exact only while this value is not broadcast back onto every position
     """
 
     stride: int = 1
@@ -62,6 +74,7 @@ class Timing:
     removed: int = 1
     nonneg: bool = False
     padding: tuple[int, int] = (0, 0)
+    pooled: frozenset[int] = frozenset()
 
     @property
     def receptive_field(self) -> int:
@@ -90,5 +103,6 @@ def joined(timings: Iterable[Timing]) -> Timing:
         old=max(timing.old for timing in known),
         new=min(timing.new for timing in known),
         removed=max(timing.removed for timing in known),
+        pooled=frozenset().union(*(timing.pooled for timing in known)),
     )
 

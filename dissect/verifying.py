@@ -241,8 +241,10 @@ class _Verifier:
 
     def lengths(self) -> list[int]:
         frames = max(leaf.shape[dim] for leaf, dim in self.timed(self.stream.example))
-        shorter = [frames - 1, frames - 3, frames // 2 + 1]
-        return [frames, *dict.fromkeys(length for length in shorter if 0 < length < frames)]
+        grain = self.stream.dissected.grain
+        shorter = [frames - 1, frames - 3, frames // 2 + 1, frames - grain, frames - 2 * grain]
+        fit = [length for length in shorter if 0 < length < frames and (frames - length) % grain == 0]
+        return [frames, *dict.fromkeys(fit)]
 
     def timed(self, inputs: tuple[Any, ...]) -> list[tuple[Tensor, int]]:
         leaves = pytree.tree_leaves(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,21 +137,22 @@ def batched(shape: Any, batch: int) -> Any:
 
 @contextmanager
 def written(stream: Stream, path: Path) -> Iterator[Path]:
-    """Write the step model beside ``path`` for the time of the block, and move it there if the block ends in peace.
+    """Write the step model to a temporary file for the time of the block; to ``path`` if the block ends in peace.
 
-    Raises :class:`~dissect.errors.ExportError` before anything is written where ``path`` is no place for a file.
+    It gets there by a rename, so that ``path`` is at any time what it was before or a whole step model. Raises
+    :class:`~dissect.errors.ExportError` before anything is written where ``path`` is no place for a file.
     """
     if path.is_dir() or not path.parent.is_dir():
         raise ExportError(
             f"{path} {'is a folder' if path.is_dir() else 'lies in no folder'}; name a file with --output."
         )
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
         file = stream.export(Path(folder) / path.name)
         yield file
-        for part in Path(folder).iterdir():  # the weights of a model past 2 GB lie beside it
-            if part != file:
-                os.replace(part, path.parent / part.name)
-        os.replace(file, path)
+        # The weights of a model past 2 GB lie in a file of their own, which must be there first.
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
+            with tempfile.TemporaryDirectory(prefix=f".{part.name}.", dir=path.parent) as beside:
+                os.replace(shutil.copyfile(part, Path(beside) / part.name), path.parent / part.name)
 
 
 def plain(report: Report) -> dict[str, Any]:
