@@ -34,11 +34,11 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
         raise Refused("a concatenation along the batch")
     values, timing = ctx.align(values)
     like = next(value for value in values if not value.constant)
-    axes = like.axes.replace(dim, ledger.plain_axis(sum(value.shape[dim] for value in values)))
-    base = like.axes.replace(dim, Axis())
-    at = like.axes.kept(dim)
-    if at is None:
-        raise Refused("a concatenation along an axis of its own")
+    base = ledger.broadcast([value.axes.replace(dim, Axis()) for value in values if not value.constant])
+    axes = base.replace(dim, ledger.plain_axis(sum(value.shape[dim] for value in values)))
+    at = base.kept(dim)
+    assert at is not None
+    values = [value if value.constant else ctx.reframe(value, base.replace(dim, ledger.plain_axis(value.shape[dim]))) for value in values]
     whole = [value for value in values if not value.constant]
     zeros = [value for value in values if value.constant and value.tensor is not None and not value.tensor.any() and value.name is None]
     if len(whole) == 1 and len(zeros) == len(values) - 1:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect.convolution import TemporalConv
 from dissect.ledger import plain_axis
+from dissect.primitives import Primitive, tap
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
 
@@ -41,17 +41,17 @@ def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> 
     return ctx.call(F.linear, (x, weight, bias), out, timing, x.dtype)
 
 
-class WindowLinear(TemporalConv):
+class WindowLinear(Primitive):
     """A linear layer over the features of a window of positions, flattened as the original flattens them."""
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, *, ages: list[int], before: int, after: int) -> None:
-        super().__init__(weight, bias, ages=ages if len(ages) > 1 else [0, -1], time=None, stride=(), padding=(), dilation=())
+        super().__init__()
+        self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.ages = tuple(ages)
         self.before, self.after = before, after
 
     def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
-        from dissect.primitives import tap
-
         weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
         values = [tap(known, age, frames).reshape(-1, self.before, 1, self.after) for age in self.ages]
         return F.linear(torch.cat(values, 2).flatten(1), weight, bias)

@@ -1,14 +1,17 @@
-"""Normalisations: by running statistics, or by the statistics of the frame."""
+"""Normalisations: by running statistics, by the statistics of the frame, or by those of the clip."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect.converters.statistics import moments
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
 
@@ -63,9 +66,14 @@ def batch_norm_running(
 def layer_norm(
     ctx: Context, x: Value, shape: Sequence[int], weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5, cudnn: bool = True
 ) -> Value:
-    inner = range(len(x.shape) - len(shape), len(x.shape))
-    if any(not x.axes[dim].plain for dim in inner):
-        raise Refused("a layer norm over time normalises by the whole clip", "normalise over channels or space only")
+    rank = len(x.shape)
+    inner = range(rank - len(shape), rank)
+    if any("N" in x.axes[dim].kinds for dim in inner):
+        raise Refused("a layer norm over the batch", "keep the batch in a dimension of its own")
+    if any("T" in x.axes[dim].kinds for dim in inner):
+        own = [None if factor is None else ctx.conform(factor, x.axes) for factor in (weight, bias)]
+        dims = [kept + 1 for dim in inner if (kept := x.axes.kept(dim)) is not None]
+        return normalise(ctx, x, None, dims, prod(axis.space for axis in x.axes.dims[: inner[0]]), eps, *own)
     x = ctx.settled(x)
 
     def kind(weight: Tensor | None, bias: Tensor | None) -> nn.Module:
@@ -79,3 +87,113 @@ def layer_norm(
     if layer is not None:
         return ctx.module(*layer, (x,), x.axes, x.clock.plain(), x.dtype)
     return ctx.call(F.layer_norm, (x, list(shape), weight, bias, eps), x.axes, x.clock.plain(), x.dtype)
+
+
+@converter(aten.group_norm.default)
+def group_norm(
+    ctx: Context, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5, cudnn: bool = True
+) -> Value:
+    own_channels(x, "group")
+    if any("T" in axis.kinds for axis in x.axes.dims[2:]):
+        return normalise(ctx, x, (groups, -1), [2], groups, eps, *channelwise(ctx, x, weight, bias))
+    x = ctx.settled(x)
+
+    def kind(weight: Tensor, bias: Tensor) -> nn.Module:
+        norm = nn.GroupNorm(groups, len(weight), eps)
+        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+        return norm
+
+    layer = None if weight is None or bias is None else ctx.layer(kind, {"weight": weight, "bias": bias})
+    if layer is not None:
+        return ctx.module(*layer, (x,), x.axes, x.clock.plain(), x.dtype)
+    return ctx.call(F.group_norm, (x, groups, weight, bias, eps), x.axes, x.clock.plain(), x.dtype)
+
+
+@converter(aten.instance_norm.default)
+def instance_norm(
+    ctx: Context,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    var: Value | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool = True,
+) -> Value:
+    own_channels(x, "instance")
+    if not use_input_stats:
+        x = ctx.settled(x)
+        return ctx.call(F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps), x.axes, x.clock.plain(), x.dtype)
+    if not any("T" in axis.kinds for axis in x.axes.dims[2:]):
+        x = ctx.settled(x)
+        return ctx.call(F.instance_norm, (x, None, None, weight, bias, True, momentum, eps), x.axes, x.clock.plain(), x.dtype)
+    return channel_norm(ctx, x, weight, bias, eps)
+
+
+@converter(aten._native_batch_norm_legit.no_stats)
+def batch_norm_without_statistics(
+    ctx: Context, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float, eps: float
+) -> tuple[Value, None, None]:
+    """By the statistics of the batch, which is one clip in a stream: each row is a batch of its own."""
+    own_channels(x, "batch")
+    if all(axis.plain for axis in x.axes.dims[2:]) and x.time is None and prod(x.axes.frame) == x.shape[1]:
+        raise Refused(
+            "a batch norm without running statistics that normalises by the rows of the batch alone, and a stream is one row",
+            "keep running statistics (track_running_stats=True), and train them",
+        )
+    return channel_norm(ctx, x, weight, bias, eps), None, None
+
+
+@converter(aten.rms_norm.default)
+def rms_norm(ctx: Context, x: Value, shape: Sequence[int], weight: Value | None = None, eps: float | None = None) -> Value:
+    if any(not axis.plain for axis in x.axes.dims[len(x.axes) - len(shape) :]):
+        raise Refused("an RMS norm over time", "normalise over channels or space only")
+    x = ctx.settled(x)
+    return ctx.call(F.rms_norm, (x, list(shape), weight, eps), x.axes, x.clock.plain(), x.dtype)
+
+
+def own_channels(x: Value, name: str) -> None:
+    if not x.axes[1].plain or x.axes[0].space > 1:
+        raise Refused(f"a{'n' * (name[0] in 'aeiou')} {name} norm over an axis that merges channels with others", "give it channels of their own")
+
+
+def channelwise(ctx: Context, x: Value, *factors: Value | None) -> list[Value | None]:
+    """Weights a channel, as they multiply a frame tensor."""
+    shape = (-1, *[1] * (len(x.axes.frame) - 1))
+    return [factor and replace(factor, node=ctx.graph.call_function(torch.reshape, (factor.node, shape))) for factor in factors]
+
+
+def channel_norm(ctx: Context, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
+    """Every channel by its own mean and variance, over all that is no channel."""
+    dims = list(range(2, len(x.axes.frame) + 1))
+    return normalise(ctx, x, None, dims, x.shape[1], eps, *channelwise(ctx, x, weight, bias))
+
+
+def normalise(
+    ctx: Context,
+    x: Value,
+    view: Sequence[int] | None,
+    dims: Sequence[int],
+    size: int,
+    eps: float,
+    weight: Value | None,
+    bias: Value | None,
+) -> Value:
+    """Each position by the mean and variance over ``dims`` of the frame (seen as ``view``) and over time; ``size`` means."""
+    x = ctx.settled(x)
+    both, _ = moments(ctx, x, view, dims, size, over_time=x.time is not None, back=True)
+    (x, both), timing = ctx.align([x, both])
+    return ctx.call(standardised, (x, both, view, list(dims), eps, weight, bias), x.axes, timing.plain(), x.dtype)
+
+
+def standardised(
+    x: Tensor, both: Tensor, view: Sequence[int] | None, dims: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    y = x if view is None else x.reshape(x.shape[0], *view)
+    shape = [1 if dim in dims else size for dim, size in enumerate(y.shape)]
+    mean, variance = (part.reshape(shape) for part in both.chunk(2, 1))
+    y = ((y - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias

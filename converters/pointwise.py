@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dissect.ledger import plain
 from dissect.registry import converter
 from dissect.rewrite import Context, Value
 
@@ -31,7 +32,6 @@ _KEEPS_ZERO = (
     aten.square.default,
     aten.floor.default,
     aten.trunc.default,
-    aten.prelu.default,
     aten.sin.default,
     aten.ceil.default,
     aten.round.default,
@@ -129,6 +129,18 @@ def _register(target: Any) -> None:
 
 for _target in dict.fromkeys((*_KEEPS_ZERO, *_OTHER)):
     _register(_target)
+
+
+@converter(aten.prelu.default, aten._prelu_kernel.default)
+def prelu(ctx: Context, x: Value, weight: Value) -> Value:
+    """A slope a channel, whose channel dimension is the second."""
+    if weight.tensor is not None and weight.tensor.numel() > 1:
+        shape = [1, -1, *[1] * (len(x.shape) - 2)]
+        node = ctx.graph.call_function(torch.reshape, (weight.node, shape))
+        weight = Value(node, plain([*weight.tensor.reshape(shape).shape]), None, weight.dtype, weight.tensor.reshape(shape))
+    low = pointwise(ctx, aten.clamp_max.default, (x, 0.0), {})
+    high = pointwise(ctx, aten.relu.default, (x,), {})
+    return pointwise(ctx, aten.add.Tensor, (high, pointwise(ctx, aten.mul.Tensor, (low, weight), {})), {})
 
 
 @converter(

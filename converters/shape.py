@@ -85,6 +85,7 @@ def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) 
         elif length == x.clock.length(ctx.frames) and axes.time is None:
             wide.append(Axis((ledger.Factor("T", length),)))
             axes = Axes(tuple(wide))
+            ctx.broadcast_back([x, Value(x.node, axes, x.timing, x.dtype)])
         else:
             wide.append(ledger.plain_axis(length))
             repeats.append(length)

@@ -1,4 +1,4 @@
-"""Resampling: interpolation and repetition over space, over time, or both; pixel shuffles.
+"""Resampling: interpolation and repetition over space, over time, or both.
 
 Inside a frame nothing changes. Over time, up by f, the positions of a value that has one every s frames
 lie s / f frames apart: between two of them the newest one is held (nearest), or the newest two are mixed
@@ -63,7 +63,7 @@ class PhaseMix(Primitive):
             due = since.reshape(batch, frames) < 0.5
             # Where in `known` the positions are: those of the cache, then the frames that are due, in order.
             kept = torch.arange(self.depth, device=x.device).expand(batch, -1)
-            places = torch.cat([kept, self.depth + (~due).long().argsort(1, stable=True)], 1)
+            places = torch.cat([kept, self.depth + torch.argsort(~due, dim=1, stable=True)], 1)
             rows = torch.arange(batch, device=x.device)[:, None]
             at = due.long().cumsum(1)
             picked = [known[rows, places.gather(1, at + slot)] for slot in range(self.depth)]
@@ -136,24 +136,6 @@ def repeat_interleave(ctx: Context, x: Value, repeats: int, dim: int | None = No
     return ctx.call(torch.repeat_interleave, (x, repeats, at + 1), x.axes.replace(dim, plain_axis(ctx.out_shape[dim])), x.clock, x.dtype)
 
 
-@converter(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
-def pixel_shuffle(ctx: Context, x: Value, factor: int) -> Value:
-    if any(not axis.plain for axis in x.axes.dims[-3:]):
-        raise Refused("a pixel shuffle between time and space", "shuffle channels into height and width only")
-    target = F.pixel_unshuffle if "unshuffle" in str(ctx.node.target) else F.pixel_shuffle
-    axes = type(x.axes)((*x.axes.dims[:-3], *map(plain_axis, ctx.out_shape[-3:])))
-    lead = len(x.axes.frame) - 3
-    return ctx.call(shuffled, (x, target, lead, factor), axes, x.clock, x.dtype)
-
-
-def shuffled(x: Tensor, target: Any, lead: int, factor: int) -> Tensor:
-    """A pixel shuffle of a frame tensor with ``lead`` dimensions before its channels."""
-    if lead == 0:
-        return target(x, factor)  # type: ignore[no-any-return]
-    y = target(x.flatten(0, lead), factor)
-    return y.reshape(*x.shape[: lead + 1], *y.shape[1:])  # type: ignore[no-any-return]
-
-
 def resample(ctx: Context, x: Value, mode: str, align: bool | None, size: Sequence[int] | None, scales: Sequence[Any]) -> Value:
     """Resample inside the frame first, then over time: interpolation parts that way."""
     rank, out = len(x.shape), ctx.out_shape
@@ -203,19 +185,23 @@ def in_time(ctx: Context, x: Value, time: int, mode: str, align: bool | None, sc
     if mode not in ("nearest", "nearest-exact", "linear"):
         raise Refused(f"a {mode} interpolation over time", "resample time linearly or to the nearest frame")
     up = wanted > count
-    factor = round(wanted / count) if up else round(count / wanted)
-    spare = wanted - count * factor if up else count - wanted * factor
-    if factor < 2 or abs(spare) >= factor:
+    more, less = max(wanted, count), min(wanted, count)
+    corners = bool(align) and less > 1 and (more - 1) % (less - 1) == 0
+    clock = x.clock
+    taken = clock.stride if ctx.exact else clock.removed
+    near = [(more - 1) // (less - 1)] if corners else [round(more / less), -(-more // less)]
+    near = [factor for factor in near if factor > 1 and (corners or abs(more - less * factor) < factor)]
+    if not near:
         raise Refused(
             f"a resampling of {count} positions to {wanted}, which is no whole factor: where its positions lie follows the clip's length",
             "resample time by a whole factor",
         )
-    corners = bool(align) and (count - 1 == (wanted - 1) * factor if not up else wanted - 1 == (count - 1) * factor)
-    even = corners if align else (abs((scale if up else 1 / scale) - factor) < 1e-6 if scale else spare == 0)
+    factor = next((factor for factor in near if not up or taken % factor == 0), near[0])
+    even = corners or (not align and (more == less * factor if scale is None else abs((scale if up else 1 / scale) - factor) < 1e-6))
     axes = x.axes.replace(time, Axis((Factor("T", wanted),)))
     clock = x.clock
     if up:
-        length = clock.length.then(spare - 1, 1, factor)
+        length = clock.length.then(wanted - count * factor - 1, 1, factor)
     else:
         length = clock.length.then(-factor if not corners and wanted == count // factor else -1, factor)
     if scale is None:
@@ -225,6 +211,7 @@ def in_time(ctx: Context, x: Value, time: int, mode: str, align: bool | None, sc
         return fewer(ctx, x, axes, factor, length, mode, corners, reason)
     if not ctx.exact:
         return unneeded(ctx, x, axes, factor, length)
+    ctx.mixes(x)
     x = ctx.settled(x)
     clock = x.clock
     step = spaced(clock.stride, factor)
@@ -266,7 +253,7 @@ def phases(stride: int, factor: int, corners: bool) -> tuple[Tensor, int]:
     for since in range(stride):
         offset = offsets[(since - wait) % stride // step]
         newer = offset if offset > 0 else 1 + offset
-        table[since] = torch.tensor([1 - newer, newer])
+        table[since, 0], table[since, 1] = 1 - newer, newer
     return table, wait
 
 

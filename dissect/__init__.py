@@ -46,7 +46,32 @@ _HOME = {
     "zoo": "",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "CaptureError",
+    "DissectError",
+    "ExportError",
+    "LoadError",
+    "NotStreamable",
+    "Plan",
+    "PlanError",
+    "Preprocess",
+    "Refusal",
+    "Refused",
+    "Runner",
+    "Stream",
+    "StreamError",
+    "VerificationError",
+    "VideoError",
+    "convert",
+    "converter",
+    "export",
+    "load",
+    "per_frame",
+    "pointwise",
+    "verify",
+    "zoo",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from dissect import zoo as zoo

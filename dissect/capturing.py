@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.errors import CaptureError
+from dissect.inputs import Inputs
 from dissect.opaque import standing_aside
 
 __all__ = ["Captured", "capture", "copied", "dropout"]
@@ -70,18 +71,18 @@ def copied(example: Any) -> tuple[Any, ...]:
     return pytree.tree_map(lambda leaf: leaf, args)  # type: ignore[no-any-return]
 
 
-def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> Captured:
-    """Capture ``model`` for inputs like ``example``; raises CaptureError with torch's own reason."""
+def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs: Inputs) -> Captured:
+    """Capture ``model`` for inputs like ``example``, laid out as ``inputs``; raises CaptureError with torch's own reason."""
     name = type(model).__name__
     if isinstance(model, ExportedProgram):
         model = model.module(check_guards=False)
     failures: list[Exception] = []
-    batch = _batch_of(example)
+    batch = inputs.batch
     with evaluating(model), standing_aside(model, example):
         for shim in (False, True):
             for size in dict.fromkeys((*BATCHES, batch)):
                 try:
-                    program = _export(model, _rebatched(example, batch, size), shim)
+                    program = _export(model, copied(example) if size == batch else inputs.rebatched(size), shim)
                 except Exception as error:
                     failures.append(error)
                     continue
@@ -131,7 +132,11 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             node.target, node.args, node.kwargs = torch.ops.dissect.dropout.default, (x, p, _DROPOUTS[node.target]), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return program.run_decompositions({})
+        program = program.run_decompositions({})
+    for node in list(program.graph.nodes):  # what export asserts of an example is no part of the network
+        if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
+            program.graph.erase_node(node)
+    return program
 
 
 def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
@@ -160,6 +165,7 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
 
 
 _ATEN = torch.ops.aten
+_ASSERTIONS = {_ATEN._assert_tensor_metadata.default, _ATEN._assert_async.msg, _ATEN._assert_scalar.default}
 _DROPOUTS = {
     _ATEN.dropout.default: False,
     _ATEN.dropout_.default: False,
@@ -167,24 +173,6 @@ _DROPOUTS = {
     _ATEN.feature_dropout.default: True,
     _ATEN.feature_dropout_.default: True,
 }
-
-
-def _batch_of(example: tuple[Any, ...]) -> int:
-    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors:
-        raise CaptureError("the example holds no tensor; give the clip the network takes, for instance torch.randn(1, 3, 16, 112, 112)")
-    return int(tensors[0].shape[0])
-
-
-def _rebatched(example: tuple[Any, ...], batch: int, size: int) -> tuple[Any, ...]:
-    """The same inputs with ``size`` rows; their values are never read by an export."""
-
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch or batch == size:
-            return leaf
-        return torch.zeros((1, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device).expand(size, *leaf.shape[1:]).clone()
-
-    return pytree.tree_map(resize, example)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,8 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
     leaves = pytree.tree_leaves(stream.frame(stream.example, 0))
     names = ["frame"] if len(leaves) == 1 else [f"frame_{index}" for index in range(len(leaves))]
     inputs = tuple(
-        InputSpec(name, ("batch", *map(int, leaf.shape[1:])), _dtype(torch.float32 if leaf.is_floating_point() else leaf.dtype))
-        for name, leaf in zip(names, leaves, strict=True)
+        InputSpec(name, ("batch", *map(int, leaf.shape[1:])), _dtype(torch.float32 if leaf.is_floating_point() else leaf.dtype), unit.rate)
+        for name, leaf, unit in zip(names, leaves, dissected.inputs.groups, strict=True)
     )
     moving = [(name, output.value) for name, output in zip(output_names(stream), dissected.outputs, strict=True) if output.value is not None]
     outputs = tuple(
@@ -187,7 +188,7 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
         receptive_field=timing.receptive_field,
         warmup=timing.warmup,
         stride=timing.stride,
-        preprocess=None if preprocess is None else preprocess.to_json() if not isinstance(preprocess, dict) else preprocess,
+        preprocess=preprocess if preprocess is None or isinstance(preprocess, dict) else asdict(preprocess),
         labels=tuple(labels or stream.labels or ()) or None,
         source={"model": dissected.captured.name, "dissect": __version__, "torch": torch.__version__.split("+")[0]},
     )

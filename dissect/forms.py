@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect import ledger
+from dissect.inputs import Inputs
 from dissect.primitives import CacheSpec, Clock, Primitive
 from dissect.rewrite import Dissected
 
@@ -50,7 +51,7 @@ def caches_of(dissected: Dissected) -> tuple[Cache, ...]:
 class Structure:
     """How inputs and outputs nest; shared by all copies of a form, since nothing changes it."""
 
-    def __init__(self, inputs: pytree.TreeSpec, outputs: pytree.TreeSpec) -> None:
+    def __init__(self, inputs: Inputs, outputs: pytree.TreeSpec) -> None:
         self.inputs = inputs
         self.outputs = outputs
 
@@ -74,7 +75,7 @@ class Form(nn.Module):
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self.__dict__["run"] = module
         self.kind = kind
-        self.structure = Structure(dissected.captured.in_spec, dissected.captured.out_spec)
+        self.structure = Structure(dissected.inputs, dissected.captured.out_spec)
         self.literals = tuple(None if output.value is not None else (output.literal,) for output in dissected.outputs)
 
     @property
@@ -91,13 +92,14 @@ class Form(nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    def forward(self, *args: Any) -> Any:
-        given = self.structure.inputs.child(0).num_children
+    def forward(self, *args: Any, frames: int | None = None) -> Any:
+        """The clip form takes the original's inputs (``frames``: where batch and time are merged), the others a frame or chunk and the caches."""
+        inputs = self.structure.inputs
+        given = len(args) if self.kind == "clip" else inputs.given
         if len(args) < given:
             raise TypeError(f"the {self.kind} form takes {given} input{'s' * (given > 1)}, not {len(args)}")
-        inputs = pytree.tree_leaves(args[:given])
-        caches = args[given:]
-        values = self.__dict__["run"](*inputs, *caches)
+        tensors = inputs.streams(args, frames) if self.kind == "clip" else pytree.tree_leaves(args[:given])
+        values = self.__dict__["run"](*tensors, *args[given:])
         count = sum(literal is None for literal in self.literals)
         outputs = iter(values[:count])
         leaves = [next(outputs) if literal is None else literal[0] for literal in self.literals]
@@ -120,17 +122,23 @@ def build(dissected: Dissected, kind: Kind) -> Form:
     """The template as a clip form, a chunk form or a step form."""
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
-    placeholders = [graph.placeholder(node.name) for node in dissected.inputs]
+    units = dissected.inputs.tensors
+    first = {unit.group: node for unit, node in reversed(list(zip(units, dissected.placeholders, strict=True)))}
+    taken = {node: graph.placeholder(node.name) for node in dissected.placeholders if kind == "clip" or node in first.values()}
+    placeholders = [taken[node if kind == "clip" else first[unit.group]] for node, unit in zip(dissected.placeholders, units, strict=True)]
     caches = caches_of(dissected)
     held = [graph.placeholder(cache.name.replace(".", "_")) for cache in caches] if kind != "clip" else []
     frames: fx.Node | None = None
     if kind == "step":
-        env.update(zip(dissected.inputs, placeholders, strict=True))
+        env.update(zip(dissected.placeholders, placeholders, strict=True))
     else:
-        timed = next(index for index, dim in enumerate(dissected.time_dims) if dim is not None)
-        frames = graph.call_method("size", (placeholders[timed], dissected.time_dims[timed]))
-        for node, placeholder, dim in zip(dissected.inputs, placeholders, dissected.time_dims, strict=True):
-            env[node] = graph.call_function(ledger.split, (placeholder, dim, frames))
+        clock = next(index for index, unit in enumerate(units) if unit.time is not None and unit.rate == 1)
+        frames = graph.call_method("size", (placeholders[clock], units[clock].time))
+        parts: dict[fx.Node, fx.Node] = {}
+        for node, placeholder, unit in zip(dissected.placeholders, placeholders, units, strict=True):
+            if placeholder not in parts:
+                parts[placeholder] = graph.call_function(ledger.split, (placeholder, unit.time, frames))
+            env[node] = parts[placeholder]
     new: list[fx.Node] = []
     for node in dissected.graph.nodes:
         if node.op == "placeholder" or node.op == "output":

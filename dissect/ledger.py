@@ -162,14 +162,16 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
             if not queue:
                 raise LedgerError(f"{tuple(axes.shape)} does not reshape to {tuple(shape)}")
             head = queue.pop(0)
+            while head.kind == "S" and room % head.size and queue and queue[0].kind == "S":
+                head = Factor("S", head.size * queue.pop(0).size)  # plain neighbours may be dealt out anew
             if room % head.size == 0:
                 taken.append(head)
                 room //= head.size
                 continue
             share = gcd(room, head.size)
             if head.kind != "S" or share != room:
-                name = {"N": "batch", "T": "time", "K": "time"}.get(head.kind, "a")
-                raise LedgerError(f"view({', '.join(map(str, shape))}) cuts through the {name} axis of size {head.size}")
+                name = {"N": "the batch axis", "T": "the time axis", "K": "the time axis"}.get(head.kind, "an axis")
+                raise LedgerError(f"view({', '.join(map(str, shape))}) cuts through {name} of size {head.size}")
             taken.append(Factor("S", share))
             queue.insert(0, Factor("S", head.size // share))
             room = 1

@@ -9,6 +9,7 @@ equals the step form to rounding. The stream itself is not changed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
     form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
     fold(module)
     drop(module)
+    flatten_shuffles(module)
     module.recompile()
     return module
 
@@ -147,6 +149,32 @@ def drop(module: fx.GraphModule) -> None:
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.modules.batchnorm._NormBase) and name not in used:
             _replace(module, name, nn.Identity())
+
+
+def flatten_shuffles(module: fx.GraphModule) -> None:
+    """Reshape, permute, reshape (a channel shuffle) without the dimensions that only travel along.
+
+    ``(B, g, c, H, W)`` to ``(B, c, g, H, W)`` is rank 5 for nothing: ``H, W`` stay neighbours, so they are one dimension.
+    """
+    for node in module.graph.nodes:
+        if node.target is not torch.permute or len(node.users) == 0:
+            continue
+        source, order = node.args[0], list(node.args[1])
+        if len(order) < 5 or source.target is not torch.reshape or len(source.users) > 1:
+            continue
+        if any(user.target is not torch.reshape for user in node.users):
+            continue
+        runs: list[list[int]] = []
+        for dim in order:
+            if runs and dim > 1 and runs[-1][-1] == dim - 1:
+                runs[-1].append(dim)
+            else:
+                runs.append([dim])
+        shape = list(source.args[1])
+        before = sorted(runs)
+        sizes = [-1 if run[0] == 0 else math.prod(shape[dim] for dim in run) for run in before]
+        source.args = (source.args[0], tuple(sizes))
+        node.args = (source, tuple(before.index(run) for run in runs))
 
 
 def _replace(module: nn.Module, path: str, layer: nn.Module) -> None:

@@ -6,7 +6,8 @@ operators over time differs. They share the trace of where time lies with the di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,19 @@ __all__ = ["Shifted", "Still", "Unshiftable"]
 aten = torch.ops.aten
 _CONV = {aten.conv1d: F.conv1d, aten.conv2d: F.conv2d, aten.conv3d: F.conv3d}
 _TRANSPOSED = {aten.conv_transpose1d: F.conv_transpose1d, aten.conv_transpose2d: F.conv_transpose2d, aten.conv_transpose3d: F.conv_transpose3d}
+_NORMS = (aten.group_norm, aten.instance_norm, aten.layer_norm)
+_RESAMPLING = (
+    aten.repeat_interleave,
+    *[getattr(aten, f"{name}{dims}d") for name in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)],
+    *(aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d),
+)
 _POOLS = {aten.max_pool1d: 1, aten.max_pool2d: 2, aten.max_pool3d: 3, aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}
+
+
+_OVER_TIME = (
+    *(aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min),
+    *[getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)],
+)
 
 
 class Unshiftable(Exception):
@@ -48,8 +61,13 @@ class _Edges(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
             return self.conv(_CONV[packet], value.time, *args, **kwargs)
+        if packet in _OVER_TIME and self.ends(n, value):
+            return n.target(self.newest(args[0], value), *args[1:], **kwargs)
         if packet in _POOLS:
-            return self.pool(n.target, _POOLS[packet], value.time, *args, **kwargs)
+            x, kernel, *rest = args
+            if _spread(kernel, _POOLS[packet])[value.time - len(value.shape)] == value.shape[value.time]:
+                x = self.newest(x, value)
+            return self.pool(n.target, _POOLS[packet], value.time, x, kernel, *rest, **kwargs)
         if packet is aten.pad or packet is aten.constant_pad_nd:
             return self.pad(value.time, *args, **kwargs)
         if packet in _TRANSPOSED:
@@ -58,6 +76,19 @@ class _Edges(fx.Interpreter):
             step = args[4] if len(args) > 4 else 1
             return aten.slice(args[0], value.time, None, None, step)
         return super().run_node(n)
+
+    def ends(self, n: fx.Node, value: Value) -> bool:
+        """The operator leaves one position of several."""
+        if n.target in (aten.max.dim, aten.min.dim):
+            return n.args[1] % len(value.shape) == value.time  # type: ignore[operator]
+        out = self.trace.get(n.name)
+        return out is None or out.time is None or out.shape[out.time] == 1
+
+    def newest(self, x: Tensor, value: Value) -> Tensor:
+        """As many positions as the original has there, the newest: moved edges may leave more."""
+        assert value.time is not None
+        count, size = value.shape[value.time], x.shape[value.time]
+        return x if size <= count else x.narrow(value.time, size - count, count)
 
     def conv(
         self, target: Any, time: int, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
@@ -91,21 +122,19 @@ class _Edges(fx.Interpreter):
         groups: int = 1,
         dilation: Any = 1,
     ) -> Tensor:
-        """Where the scene stands still, the mean of the phases: a stride that is gone leaves nothing to tell them apart."""
         dims = weight.dim() - 2
-        at = time - 2
         steps, gaps, pads, extra = (_spread(value, dims) for value in (stride, dilation, padding, output_padding))
-        size = weight.shape[2:][at] if at >= 0 else 1
-        if at < 0 or (size, steps[at], pads[at], extra[at]) == (1, 1, 0, 0):
+        at = time - 2
+        if at < 0 or (weight.shape[2 + at], steps[at], pads[at], extra[at]) == (1, 1, 0, 0):
             return target(x, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore[no-any-return]
-        reach = (size - 1) * gaps[at]
+        reach = (weight.shape[2 + at] - 1) * gaps[at]
         count = (x.shape[time] - 1) * steps[at] - 2 * pads[at] + reach + extra[at] + 1
-        x = self.edge(x, time, reach, reach + 1, reach + 1, 0.0)
         pads[at] = extra[at] = 0
-        y = target(x, weight, bias, steps, pads, extra, groups, gaps)
-        y = y.narrow(time, reach, y.shape[time] - 2 * reach)
-        y = y.narrow(time, 0, y.shape[time] // steps[at] * steps[at]).mean(time, keepdim=True)
-        return y.expand(*[count if dim == time else -1 for dim in range(y.dim())])
+        return self.phased(x, time, reach, steps[at], count, lambda y: target(y, weight, bias, steps, pads, extra, groups, gaps))
+
+    def phased(self, x: Tensor, time: int, reach: int, step: int, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """A transposed convolution over time: ``run`` without any padding, to be cut to ``count`` positions."""
+        raise Unshiftable("it adds positions between others")
 
     def pool(self, target: Any, dims: int, time: int, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Tensor:
         at = time - (x.dim() - dims)
@@ -141,23 +170,43 @@ class Still(_Edges):
         index = torch.arange(-left, count + right, device=x.device).clamp(0, count - 1)
         return x.index_select(dim, index)
 
+    def phased(self, x: Tensor, time: int, reach: int, step: int, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean over the phases: where the stride before is gone, nothing tells them apart."""
+        y = run(self.edge(x, time, reach, reach + 1, reach + 1, 0.0))
+        whole = (y.shape[time] - 2 * reach) // step * step
+        y = y.narrow(time, reach, whole).mean(time, keepdim=True)
+        return y.expand(*[count if dim == time else -1 for dim in range(y.dim())])
+
 
 class Shifted(_Edges):
     """The original with its kernels shifted into the past: all padding on the left, none on the right.
 
-    There is none for a network that adds positions between others, or normalises each frame by the whole clip.
+    There is none for a network that adds positions between others, or shows each frame something of the whole clip.
     """
 
+    def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value]) -> None:
+        super().__init__(module, trace)
+        self.ended: set[str] = set()  # values of the whole clip
+
     def run_node(self, n: fx.Node) -> Any:
-        source = n.args[0] if n.op == "call_function" and n.args else None
+        reads = n.all_input_nodes if n.target is not operator.getitem else n.all_input_nodes[0].all_input_nodes
+        known = [self.trace[node.name] for node in reads if node.name in self.trace]
+        out = self.trace.get(n.name)
+        past = any(node.name in self.ended for node in n.all_input_nodes)
+        if past and out is not None and out.time is not None:
+            raise Unshiftable("a value of the whole clip is broadcast back onto every frame")
+        if past or (out is not None and out.time is None and any(value.time is not None for value in known)):
+            self.ended.add(n.name)
+        source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
         if value is not None and value.time is not None and isinstance(n.target, torch._ops.OpOverload):
-            packet, dim = n.target.overloadpacket, value.time
-            inner = dim if packet not in _INNER else dim - len(value.shape) + len(_INNER[packet](n))
-            if packet in _RESAMPLING and n.meta["val"].shape[dim] != value.shape[dim]:
+            packet, after = n.target.overloadpacket, n.meta["val"]
+            if packet in _RESAMPLING and after.shape[value.time] != value.shape[value.time]:
                 raise Unshiftable("it resamples time")
-            if packet is aten._native_batch_norm_legit or (packet in _NORMS and inner >= _NORMS[packet]):
-                raise Unshiftable("it normalises by statistics over time")
+            inside = len(n.args[1]) if packet is aten.layer_norm else len(value.shape) - 2  # type: ignore[arg-type]
+            own = packet is not aten.instance_norm or n.args[5]
+            if packet is aten._native_batch_norm_legit or (packet in _NORMS and own and value.time >= len(value.shape) - inside):
+                raise Unshiftable("it normalises every frame by the whole clip")
         return super().run_node(n)
 
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
@@ -177,3 +226,23 @@ def original(model: nn.Module | Any, example: tuple[Any, ...]) -> fx.GraphModule
     from dissect.capturing import whole
 
     return whole(model, example)
+
+
+_SIZED = {"view", "reshape", "expand", "new_zeros", "zeros", "ones", "full", "new_ones", "new_full", "arange", "_unsafe_view", "repeat"}
+
+
+def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> bool:
+    """Whether the network is another one for inputs of this shape: other operators, or other settings of the same."""
+
+    def told(graph: fx.Graph) -> list[Any]:
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        return [
+            (str(node.target), None if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in _SIZED else _settings(node))
+            for node in calls
+        ]
+
+    return told(original(model, example).graph) != told(captured.graph)
+
+
+def _settings(node: fx.Node) -> str:
+    return str(fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: "tensor" if isinstance(leaf, fx.Node) else leaf))

@@ -40,7 +40,7 @@ def first_part(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any 
 
 def _steps(stream: Stream, inputs: tuple[Any, ...], frames: int) -> str:
     clip = _Recorder(stream.clip.__dict__["run"])
-    clip.run(*pytree.tree_leaves(inputs))
+    clip.run(*stream.dissected.inputs.streams(inputs))
     caches: Any = stream.caches(3)
     steps: list[dict[str, Any]] = []
     for time in range(frames):
@@ -62,8 +62,9 @@ def _steps(stream: Stream, inputs: tuple[Any, ...], frames: int) -> str:
 def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) -> str:
     from dissect.oracle import original
 
-    offline = _Recorder(original(model, inputs))
-    offline.run(*pytree.tree_leaves(inputs))
+    own = stream.original(*inputs)
+    offline = _Recorder(original(model, own))
+    offline.run(*pytree.tree_leaves(own))
     recorder = _Recorder(stream.chunk.__dict__["run"])
     chunk = stream.chunk
     stream.chunk = lambda *args: _with(recorder, chunk, args)  # type: ignore[assignment,method-assign]
@@ -89,7 +90,7 @@ def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) 
 
 
 def _with(recorder: _Recorder, form: Any, args: tuple[Any, ...]) -> Any:
-    given = form.structure.inputs.child(0).num_children
+    given = form.structure.inputs.given
     values = recorder.run(*pytree.tree_leaves(args[:given]), *args[given:])
     count = sum(literal is None for literal in form.literals)
     return (pytree.tree_unflatten(list(values[:count]), form.structure.outputs), *values[count:])

@@ -30,7 +30,10 @@ OVERRIDES: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One node that touches time. ``kernel``, ``stride`` and ``padding`` are those in time, of the original."""
+    """One node that touches time. ``kernel``, ``stride`` and ``padding`` are those in time, of the original.
+
+    ``future`` says that offline every frame sees the whole clip through this node, which no stream can without waiting.
+    """
 
     path: str
     op: str
@@ -44,6 +47,7 @@ class Row:
     cache_shape: tuple[int, ...] | None = None
     cache_bytes: int = 0
     macs: int = 0
+    future: bool = False
     source: str = ""
 
 

@@ -1,10 +1,11 @@
 """The registry of converters: which function says how an operator lives in time.
 
-    from dissect import converter
+    from dissect import converter, pointwise
 
-    @converter(torch.ops.aten.relu.default)
-    def relu(ctx, x):
-        return ctx.pointwise(x)
+    pointwise(torch.ops.mylib.swish.default)  # every element by itself: nothing about it changes in a stream
+
+    @converter(torch.ops.mylib.last.default)
+    def last(ctx, x): ...
 
 A converter is called with the :class:`~dissect.rewrite.Context` and the operator's own arguments, tensors
 as :class:`~dissect.rewrite.Value`; it returns the operator's result as a Value. Keys are operator

@@ -22,11 +22,13 @@ from torch.fx.node import map_aggregate, map_arg
 from dissect import ledger
 from dissect.capturing import Captured
 from dissect.errors import DissectError, Refusal
+from dissect.inputs import Inputs
 from dissect.ledger import Axes, Axis, Factor, LedgerError
 from dissect.plan import Branches, Options, Row
 from dissect.primitives import Clock, CumulativeMean, Gate, History, Primitive, Query, Tap, WindowReduce
 from dissect.registry import find
 from dissect.timing import Timing, joined
+from dissect.unrolling import Loop, loops, rolled, unlisted
 
 __all__ = ["Context", "Dissected", "Refused", "Value", "rewrite"]
 
@@ -91,15 +93,19 @@ class Dissected:
 
     root: nn.Module
     graph: fx.Graph
-    inputs: tuple[fx.Node, ...]
-    time_dims: tuple[int | None, ...]
-    input_axes: tuple[Axes, ...]
+    inputs: Inputs
+    placeholders: tuple[fx.Node, ...]
     outputs: tuple[Output, ...]
     rows: tuple[Row, ...]
     refusals: tuple[Refusal, ...]
     captured: Captured
     trace: Mapping[str, Value]
     grain: int = 1
+
+    @property
+    def time_dims(self) -> tuple[int | None, ...]:
+        """The dimension of time of each dense input, None where it has none."""
+        return tuple(unit.time for unit in self.inputs.groups)
 
 
 class _Poison:
@@ -127,6 +133,11 @@ class Context:
         self.temporal: set[Any] = set()
         self.element_size = 4
         self.grain = 1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
+        self.readers = {
+            captured.tensors[node.name][0]: len(node.users)
+            for node in captured.graph.nodes
+            if node.op == "placeholder" and node.name in captured.tensors
+        }
         self._histories: dict[fx.Node, tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[fx.Node, float], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -200,7 +211,7 @@ class Context:
         given = {leaf: value for leaf, value in weights.items() if value is not None}
         paths = set()
         for leaf, value in given.items():
-            if value.name is None or value.name.rpartition(".")[2] != leaf:
+            if value.name is None or value.name.rpartition(".")[2] != leaf or self.readers[value.name] > 1:
                 return None
             paths.add(value.name.rpartition(".")[0])
         if len(paths) != 1:
@@ -341,19 +352,32 @@ class Context:
 
     def broadcast_back(self, values: Sequence[Value]) -> None:
         """Note a value of the whole clip that meets single frames: offline, they see the clip's future through it."""
-        if all(value.time is None for value in values):
+        frames = [value.time is not None or value.clock.running for value in values]
+        if not any(frames):
             return
-        for index in frozenset().union(*(value.clock.pooled for value in values if value.time is None)):
+        for index in frozenset().union(*(value.clock.pooled for value, moves in zip(values, frames, strict=True) if not moves)):
             row = self.rows[index]
-            reason = f"window of the past, broadcast back onto every frame; --set '{row.path}: wait=true' buys exactness with delay"
-            self.rows[index] = replace(row, verdict="approximate", reason=reason)
+            reason = "window of the past, broadcast back onto every frame"
+            if self.exact:
+                reason += f"; --set '{row.path}: wait=true' buys exactness with delay"
+            self.rows[index] = replace(row, verdict="approximate", reason=reason, future=True)
 
     def settled(self, value: Value) -> Value:
         """A value whose position 0 is not before the stream (it is, behind a zero padding): delayed until it is not."""
         return self.delay(value, -value.clock.delay) if value.clock.delay < 0 else value
 
+    def mixes(self, value: Value) -> None:
+        """Note that something reads the past positions of ``value``: rows that are exact at the newest alone lose that."""
+        if value.time is not None:
+            for index in value.clock.newest:
+                self.rows[index] = replace(self.rows[index], verdict="approximate", reason="window of the past, where the offline network sees the whole clip")
+
     def history(self, value: Value, depth: int) -> fx.Node:
         """The last ``depth`` values of ``value`` and the present one, for primitives that read the past."""
+        self.mixes(value)
+        return self._history(value, depth)
+
+    def _history(self, value: Value, depth: int) -> fx.Node:
         if value.node not in self._histories:
             module = History(value.axes.frame, 0)
             path = self.install(self.free("history"), module)
@@ -369,7 +393,7 @@ class Context:
         if frames == 0 or value.constant:
             return value
         source = self._gates.get((value.node, 0.0), value)
-        history = self.history(source, frames)
+        history = self._history(source, frames)
         clock = value.clock
         timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0))
         return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), value.axes, timing, value.dtype)
@@ -432,11 +456,12 @@ class Context:
             self.row("per frame", exact=exact, reason=why, **facts)
             return replace(value, axes=axes, timing=timing)
         if policy == "cumulative":
+            self.mixes(value)
             value = self.settled(value)
             phased = self.exact and stride > 1
             masked = (self.inside(clock, phase=phased),) if self.exact else ()
             before = CumulativeMean(value.axes.frame, kind="mean" if kind == "sum" else kind)
-            timing = timing.but(pooled=frozenset({len(self.rows)}) if self.exact else frozenset())
+            timing = timing.but(pooled=frozenset({len(self.rows)}))
             out = self.primitive("pool", before, (value, *masked), axes, timing, value.dtype)
             self.row(
                 "cumulative " + kind,
@@ -451,7 +476,7 @@ class Context:
             positions = 2 * positions - 1
         ages = tuple(index * stride for index in reversed(range(positions)))
         exact = self.exact and not given
-        if exact and not wait:
+        if not wait:
             timing = timing.but(pooled=frozenset({len(self.rows)}))
         note = f"window of {positions}" + (f" at stride {stride}" if stride > 1 else "")
         if kind in ("max", "min"):
@@ -549,32 +574,49 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
     return active, merges, strided
 
 
-def rewrite(captured: Captured, options: Options, time_dims: Sequence[int | None]) -> Dissected:
-    """Walk the captured graph once and build the template; refusals are collected, not raised."""
+def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
+    """The template of a captured network; refusals are collected, not raised."""
+    work = unlisted(captured, inputs)
+    while found := loops(work):
+        trace = _walk(work, options, inputs).trace
+        over_time = [loop for loop in found if _over_time(loop, trace)]
+        if not over_time:
+            break
+        work = rolled(work, over_time)
+    return replace(_walk(work, options, inputs), captured=captured)
+
+
+def _over_time(loop: Loop, trace: Mapping[str, Value]) -> bool:
+    """Whether a loop goes over the frames of its sources, and takes nothing else that has frames."""
+    sources = [(trace.get(node.name), dim) for node, dim in loop.sources]
+    shared = [trace.get(node.name) for node in loop.shared]
+    return all(value is not None and value.axes[dim].is_time for value, dim in sources) and all(
+        value is not None and value.time is None for value in shared
+    )
+
+
+def _walk(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
+    """One walk over the graph."""
     ctx = Context(captured, options)
     active, merges, strided = _merges(captured)
     ctx.branches = Branches(active, merges, strided)
     values: dict[fx.Node, Any] = {}
     refusals: list[Refusal] = []
-    inputs: list[fx.Node] = []
-    input_axes: list[Axes] = []
     outputs: list[Output] = []
+    ctx.frames = inputs.frames
+    placeholders: list[fx.Node] = []
     users = [node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs]
-    for node, dim in zip(users, time_dims, strict=True):
-        tensor = node.meta["val"]
-        dims = [ledger.plain_axis(int(size)) for size in tensor.shape]
-        dims[0] = Axis((Factor("N", captured.batch),))
-        if dim is not None:
-            dims[dim] = Axis((Factor("T", int(tensor.shape[dim])),))
-            ctx.frames = max(ctx.frames, int(tensor.shape[dim]))
-            if tensor.is_floating_point():
-                ctx.element_size = tensor.element_size()
+    for node, unit in zip(users, inputs.tensors, strict=True):
         placeholder = ctx.graph.placeholder(node.name)
-        axes = Axes(tuple(dims))
-        inputs.append(placeholder)
-        input_axes.append(axes)
-        values[node] = Value(placeholder, axes, Timing(fill=0.0, nonneg=not tensor.is_floating_point()), tensor.dtype)
-        if ctx.like is None and dim is not None:
+        clock = Timing(fill=0.0, nonneg=not unit.dtype.is_floating_point)
+        if unit.rate > 1:
+            spacing = 1 if options.preset == "d3d" else unit.rate
+            clock = clock.but(stride=spacing, removed=unit.rate, length=clock.length.then(-1, unit.rate))
+        placeholders.append(placeholder)
+        values[node] = Value(placeholder, unit.sized(captured.batch).inner, clock, unit.dtype)
+        if unit.timed and unit.dtype.is_floating_point:
+            ctx.element_size = unit.dtype.itemsize
+        if ctx.like is None and unit.timed:
             ctx.like = placeholder
     for node in captured.graph.nodes:
         ctx.node = node
@@ -601,9 +643,8 @@ def rewrite(captured: Captured, options: Options, time_dims: Sequence[int | None
     return Dissected(
         ctx.root,
         ctx.graph,
-        tuple(inputs),
-        tuple(time_dims),
-        tuple(input_axes),
+        inputs,
+        tuple(placeholders),
         tuple(outputs),
         tuple(ctx.rows),
         tuple(refusals),
@@ -665,7 +706,8 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
     for index, output in enumerate(outputs):
         if output.value is not None and not output.value.constant:
             value = output.value
-            if ctx.exact and value.clock.last(ctx.frames) >= ctx.frames and not (ctx.clock and ctx.clock[0].flushes):
+            late = any(clip <= value.clock.last(clip) for clip in range(1, max(ctx.frames, 64)) if value.clock.length(clip) > 0)
+            if ctx.exact and late and not (ctx.clock and ctx.clock[0].flushes):
                 value = ctx.gate(value)  # no layer asks when the clip ends, but the flush must be told
             outputs[index] = Output(ctx.delay(value, latest - value.clock.delay))
     ctx.graph.output(tuple(output.value.node for output in outputs if output.value is not None))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect import forms
 from dissect.capturing import capture, copied
 from dissect.errors import NotStreamable, PlanError
+from dissect.inputs import Inputs
 from dissect.plan import Options, Plan
 from dissect.rewrite import Dissected, rewrite
 from dissect.timing import Timing
@@ -81,24 +82,40 @@ class Stream:
         return sum(cache.numel() * cache.element_size() for cache in self.caches())
 
     def frame(self, inputs: Sequence[Any], time: int) -> tuple[Any, ...]:
-        """The clip's inputs at one time, as the step form takes them."""
-        leaves = pytree.tree_leaves(tuple(inputs))
-        spec = pytree.tree_structure(tuple(inputs))
-        taken = [leaf if dim is None else leaf.select(dim, time) for leaf, dim in zip(leaves, self.dissected.time_dims, strict=True)]
-        return pytree.tree_unflatten(taken, spec)  # type: ignore[no-any-return]
+        """The clip's inputs at one time, as the step form takes them; ``inputs`` are the network's own, or dense ones."""
+        taken = []
+        for leaf, dim in zip(self.leaves(inputs), self.dissected.time_dims, strict=True):
+            taken.append(leaf if dim is None else leaf.select(dim, time))
+        return self.dissected.inputs.nested(taken)
+
+    def dense(self, *inputs: Any, frames: int | None = None) -> tuple[Any, ...]:
+        """The network's own inputs as the chunk form takes them: every frame of the stream, time on an axis of its own.
+
+        Where batch and time are merged, ``frames`` is the clip's length (default: the example's).
+        """
+        return self.dissected.inputs.dense(inputs, frames)
+
+    def original(self, *dense: Any) -> tuple[Any, ...]:
+        """The network's own inputs for a dense stream: the inverse of :meth:`dense`."""
+        return self.dissected.inputs.original(dense)
+
+    def leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """The dense tensors of ``inputs``, one for each frame that a step takes."""
+        return [leaf for leaf in pytree.tree_leaves(self.dissected.inputs.dense(inputs)) if isinstance(leaf, Tensor)]
 
     def flush_frames(self, frames: int) -> int:
         """How many steps a flush takes after ``frames`` frames (of zeros, with the ``length`` cache set)."""
         if not any(cache.spec.role == "length" for cache in self.cache_list):
             return 0
-        return max(0, max(timing.last(frames) for timing in self.leaf_timings) - (frames - 1))
+        ends = [timing.last(frames) for timing in self.leaf_timings if timing.length(frames) > 0]
+        return max(0, max(ends, default=0) - (frames - 1))
 
     def offline(self, *inputs: Any) -> Any:
         """The outputs of one stream over a whole clip and its flush, without the first ``delay`` frames.
 
         For the ``exact`` preset every ``timing.stride``-th of them is the original network's own position, and the last one its last.
         """
-        leaves = pytree.tree_leaves(tuple(inputs))
+        leaves = self.leaves(inputs)
         dims = self.dissected.time_dims
         frames, batch = next((leaf.shape[dim], leaf.shape[0]) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
         extra = self.flush_frames(frames)
@@ -114,7 +131,7 @@ class Stream:
             shape = list(leaf.shape)
             shape[dim] = extra
             padded.append(torch.cat([leaf, leaf.new_zeros(shape)], dim))
-        out, *_ = self.chunk(*pytree.tree_unflatten(padded, pytree.tree_structure(tuple(inputs))), *caches)
+        out, *_ = self.chunk(*self.dissected.inputs.nested(padded), *caches)
         return self.trimmed(out, self.timing.delay)
 
     def trimmed(self, out: Any, start: int) -> Any:
@@ -127,7 +144,8 @@ class Stream:
                 cut.append(leaf)
                 continue
             dim = output_time(output.value.axes)
-            cut.append(leaf.narrow(dim, start, max(0, leaf.shape[dim] - start)))
+            first = min(start, leaf.shape[dim])
+            cut.append(leaf.narrow(dim, first, leaf.shape[dim] - first))
         return pytree.tree_unflatten(cut, pytree.tree_structure(out))
 
     def export(self, path: str | Path, **options: Any) -> Path:
@@ -153,31 +171,22 @@ def _surgery(
     pool: str,
     window: int | None,
     time_dim: int | Sequence[int | None],
+    layout: str | Sequence[str | None] | None,
+    rates: Sequence[int] | None,
 ) -> tuple[Dissected, Options, tuple[Any, ...]]:
     options = Options.checked(preset, pool, window, overrides)
-    inputs = copied(example)
+    args = copied(example)
     if isinstance(model, (str, Path)):
         from dissect.loading import load
 
-        model = load(model, example=inputs)
-    leaves = pytree.tree_leaves(inputs)
-    dims: list[int | None] = []
-    for leaf in leaves:
-        dim = time_dim if isinstance(time_dim, int) else time_dim[len(dims)]
-        if not isinstance(leaf, Tensor) or dim is None or leaf.dim() <= dim:
-            dims.append(None)
-            continue
-        if dim % leaf.dim() == 0:
-            raise PlanError(f"time_dim={dim} is the batch of an input of shape {tuple(leaf.shape)}; the batch comes first, time after it")
-        dims.append(dim % leaf.dim())
-    if all(dim is None for dim in dims):
-        raise PlanError(f"no input has a dimension {time_dim}: give a clip, for instance torch.randn(1, 3, 16, 112, 112), and its time_dim")
-    dissected = rewrite(capture(model, inputs), options, dims)
+        model = load(model, example=args)
+    inputs = Inputs.of(args, time_dim, layout, rates)
+    dissected = rewrite(capture(model, args, inputs), options, inputs)
     matched = {pattern for pattern in options.overrides for row in dissected.rows if options.of(row.path) and _fits(row.path, pattern)}
     if not dissected.refusals and (idle := set(options.overrides) - matched):
         paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
         raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
-    return dissected, options, inputs
+    return dissected, options, args
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -194,6 +203,8 @@ def convert(
     pool: str = "window",
     window: int | None = None,
     time_dim: int | Sequence[int | None] = 2,
+    layout: str | Sequence[str | None] | None = None,
+    rates: Sequence[int] | None = None,
 ) -> Stream:
     """Dissect a network: the same network, one frame at a time.
 
@@ -205,12 +216,12 @@ def convert(
     Raises :class:`~dissect.CaptureError` where torch.export cannot take the network, :class:`~dissect.NotStreamable` with
     all operators that have no streaming form, :class:`~dissect.PlanError` for options that fit nothing.
     """
-    dissected, options, inputs = _surgery(model, example, preset, overrides, pool, window, time_dim)
+    dissected, options, inputs = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
     if dissected.refusals:
         raise NotStreamable(dissected.refusals)
-    leaf = next(leaf for leaf, dim in zip(pytree.tree_leaves(inputs), dissected.time_dims, strict=True) if dim is not None)
-    dtype = leaf.dtype if leaf.is_floating_point() else torch.get_default_dtype()
-    return Stream(dissected, options, inputs, dtype, leaf.device)
+    clip = next(unit for unit in dissected.inputs.tensors if unit.timed)
+    dtype = clip.dtype if clip.dtype.is_floating_point else torch.get_default_dtype()
+    return Stream(dissected, options, inputs, dtype, clip.device)
 
 
 def plan(
@@ -221,9 +232,11 @@ def plan(
     pool: str = "window",
     window: int | None = None,
     time_dim: int | Sequence[int | None] = 2,
+    layout: str | Sequence[str | None] | None = None,
+    rates: Sequence[int] | None = None,
 ) -> tuple[Plan, tuple[Any, ...]]:
     """The plan alone, and the refusals, without building anything; arguments as for :func:`convert`."""
-    dissected, options, _ = _surgery(model, example, preset, overrides, pool, window, time_dim)
+    dissected, options, _ = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
     return Plan(options.preset, dissected.rows), dissected.refusals
 
 

@@ -63,6 +63,9 @@ class Timing:
     nonneg      never below zero, so that a zero is as good as minus infinity to a max pool
     padding     what an explicit padding added in front of and behind the positions, for the next convolution to know
     pooled      rows of the plan that are exact only while this value is not broadcast back onto every position
+    running     one frame that stands for every position, in a loop over frames: positions without a time axis
+    newest      rows of the plan that are exact only at the last position of a clip
+    endless     depends on every frame so far, so that no still scene reaches a steady state
     """
 
     stride: int = 1
@@ -75,6 +78,9 @@ class Timing:
     nonneg: bool = False
     padding: tuple[int, int] = (0, 0)
     pooled: frozenset[int] = frozenset()
+    running: bool = False
+    newest: frozenset[int] = frozenset()
+    endless: bool = False
 
     @property
     def receptive_field(self) -> int:
@@ -104,5 +110,8 @@ def joined(timings: Iterable[Timing]) -> Timing:
         new=min(timing.new for timing in known),
         removed=max(timing.removed for timing in known),
         pooled=frozenset().union(*(timing.pooled for timing in known)),
+        running=any(timing.running for timing in known),
+        newest=frozenset().union(*(timing.newest for timing in known)),
+        endless=any(timing.endless for timing in known),
     )
 

@@ -104,8 +104,8 @@ def offline(stream: Stream, network: nn.Module, clip: Tensor, lengths: Sequence[
             cut = clip[:, :, :frames]
             try:
                 wanted = network(cut.clone())
-            except (RuntimeError, ValueError):
-                continue
+            except (RuntimeError, ValueError, IndexError):
+                continue  # a clip of this length is too short for it
             if not all(leaf.numel() and bool(leaf.isfinite().all()) for leaf in leaves(wanted)):
                 continue
             close(streamed(stream, cut, frames=frames), wanted, tolerance, f"a clip of {frames} frames")

@@ -140,7 +140,7 @@ def test_inspect_prints_the_plan_and_the_totals() -> None:
     for word in (
         "first",
         "second",
-        "aten.conv3d",
+        "conv3d",
         "approximate",
         "delay",
         "receptive field",

@@ -222,7 +222,6 @@ def test_a_live_stream_drops(tmp_path: Path) -> None:
         for picture in video:
             seen.append(picture.index)
             time.sleep(0.05)
-    assert seen[0] == 0
     assert seen == sorted(set(seen))
     assert seen[-1] == 49  # the newest is never lost
     assert video.dropped == 50 - len(seen) > 10

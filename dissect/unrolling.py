@@ -1,0 +1,310 @@
+"""Unrolling undone: a loop over frames that a capture wrote out becomes one node again.
+
+``torch.stack([f(x[:, :, t]) for t in range(T)], 2)`` is captured as T copies of ``f``, one a frame. Where all copies
+are one function of their frame, with the same parameters and constants, in the order of the frames, one copy stands
+for all: ``f`` between :func:`frame_of` and :func:`frames_to`. The law: the graph computes what it computed before.
+Copies are compared node by node; what differs anywhere but in the index of the frame is left as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+
+from dissect.capturing import Captured
+from dissect.inputs import Inputs
+
+__all__ = ["Loop", "frame_of", "frames_to", "loops", "rolled", "unlisted"]
+
+aten = torch.ops.aten
+_SUMS = {aten.add.Tensor: aten.sum.dim_IntList, aten.maximum.default: aten.amax.default, aten.minimum.default: aten.amin.default}
+
+
+def frame_of(x: Tensor, dim: int, keepdim: bool) -> Tensor:
+    """Marks the one frame that stands for every frame of ``x`` along ``dim``."""
+    return x.narrow(dim, 0, 1) if keepdim else x.select(dim, 0)
+
+
+def frames_to(x: Tensor, dim: int, count: int, stacked: bool) -> Tensor:
+    """Marks the end of a loop over ``count`` frames: its results stacked, or concatenated, along ``dim``."""
+    return torch.stack([x] * count, dim) if stacked else torch.cat([x] * count, dim)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a tensor: ``x[dim, index]``."""
+
+    source: fx.Node
+    dim: int
+    index: int
+    keepdim: bool
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop that was written out.
+
+    end        the node that puts the copies' results together
+    copies     the results, in the order of the frames
+    sources    the tensors, and dimensions, whose frames the copies take
+    shared     activations that all copies take as they are
+    """
+
+    end: fx.Node
+    copies: tuple[fx.Node, ...]
+    sources: tuple[tuple[fx.Node, int], ...]
+    shared: tuple[fx.Node, ...]
+
+
+class _Differ(Exception):
+    """The copies are not the same function."""
+
+
+def unlisted(captured: Captured, inputs: Inputs) -> Captured:
+    """One placeholder for each tensor of ``inputs``: a list of frames becomes one tensor and its frames."""
+    captured = _copied(captured)
+    graph = captured.graph
+    given = [node for node in graph.nodes if node.op == "placeholder" and node.name in captured.inputs]
+    names = []
+    for unit in inputs.units:
+        count = unit.axes[0].size if unit is not None and unit.listed else 1
+        nodes, given = given[:count], given[count:]
+        if unit is None:
+            continue
+        if not unit.listed:
+            names.append(nodes[0].name)
+            continue
+        with graph.inserting_before(nodes[0]):
+            whole = graph.create_node("placeholder", f"{nodes[0].name}_frames", name=f"{nodes[0].name}_frames")
+        whole.meta["val"] = torch.stack([node.meta["val"] for node in nodes], 1)
+        last = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
+        with graph.inserting_after(last):
+            for index, node in reversed(list(enumerate(nodes))):
+                frame = graph.create_node("call_function", aten.select.int, (whole, 1, index), name=f"{node.name}_frame")
+                frame.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(frame)
+        for node in nodes:
+            graph.erase_node(node)
+        names.append(whole.name)
+    return replace(captured, inputs=tuple(names))
+
+
+def _copied(captured: Captured) -> Captured:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in captured.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].name = node.name  # a copy is renamed where the name is a builtin's, as `input` is
+    return replace(captured, graph=graph)
+
+
+def loops(captured: Captured) -> list[Loop]:
+    """The loops over frames that a graph holds, the outermost of those that hold each other."""
+    found = []
+    for node in captured.graph.nodes:
+        for copies in _ends(node):
+            try:
+                matcher = _Matcher(captured, len(copies))
+                matcher.match(copies)
+            except _Differ:
+                continue
+            if matcher.sources:
+                found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
+    return found
+
+
+def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
+    """The graph with one copy in place of the loops ``found``; ``captured`` is what :func:`unlisted` gave, and changes."""
+    graph = captured.graph
+    clones: dict[tuple[fx.Node, ...], fx.Node] = {}
+    for loop in found:
+        matcher = _Matcher(captured, len(loop.copies), clones)
+        with graph.inserting_before(loop.end):
+            body = matcher.match(loop.copies, build=True)
+            assert body is not None
+            count = len(loop.copies)
+            stacked = loop.end.target is not aten.cat.default
+            dim = loop.end.args[1] if len(loop.end.args) > 1 and stacked is (loop.end.target is aten.stack.default) else 0
+            chain = loop.end.target in _SUMS
+            dim = 1 if chain else int(dim) % loop.end.meta["val"].dim()  # type: ignore[call-overload]
+            result = graph.create_node("call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}")
+            result.meta = dict(loop.end.meta)
+            if chain:
+                result.meta["val"] = torch.stack([body.meta["val"]] * count, dim)
+                total = _SUMS[loop.end.target]
+                result = graph.create_node("call_function", total, (result, [dim]), name=f"rolled_{loop.end.name}_all")
+                result.meta = dict(loop.end.meta)
+        loop.end.replace_all_uses_with(result)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    return captured
+
+
+def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
+    """The copies that a node may put together."""
+    if node.op != "call_function":
+        return
+    if node.target in (aten.stack.default, aten.cat.default):
+        parts = list(node.args[0])  # type: ignore[arg-type]
+        if len(parts) > 1 and all(isinstance(part, fx.Node) for part in parts):
+            yield parts  # type: ignore[misc]
+    elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
+        terms: list[fx.Node] = []
+        at: Any = node
+        while isinstance(at, fx.Node) and at.target is node.target and not at.kwargs and len(at.args) == 2:
+            terms.append(at.args[1])  # type: ignore[arg-type]
+            at = at.args[0]
+        terms.append(at)
+        terms = [term for term in reversed(terms) if term != 0]
+        if len(terms) > 1 and all(isinstance(term, fx.Node) for term in terms):
+            yield terms
+
+
+def _frame(node: fx.Node) -> Frame | None:
+    """The node as one frame of a tensor, if it is that."""
+    args: Any = node.args
+    if node.target is aten.select.int:
+        size = args[0].meta["val"].shape[args[1]]
+        return Frame(args[0], args[1] % args[0].meta["val"].dim(), args[2] % size, False)
+    if node.target is aten.slice.Tensor:
+        source, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+        value = source.meta["val"]
+        first, last, _ = slice(start, stop).indices(value.shape[dim])
+        return Frame(source, dim % value.dim(), first, True) if last - first == 1 and value.shape[dim] > 1 else None
+    if node.target is operator.getitem and isinstance(args[0], fx.Node):
+        owner, index = args
+        source = owner.args[0]
+        if owner.target is aten.unbind.int:
+            value = source.meta["val"]
+            return Frame(source, (owner.args[1] if len(owner.args) > 1 else 0) % value.dim(), index, False)
+        if owner.target in (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default):
+            value = source.meta["val"]
+            dim = (owner.args[2] if len(owner.args) > 2 else 0) % value.dim()
+            ones = all(part.shape[dim] == 1 for part in owner.meta["val"])
+            return Frame(source, dim, index, True) if ones and value.shape[dim] > 1 else None
+    return None
+
+
+class _Matcher:
+    """Compares copies node by node, in step; ``build`` writes the one that stands for all."""
+
+    def __init__(self, captured: Captured, count: int, clones: dict[tuple[fx.Node, ...], fx.Node] | None = None) -> None:
+        self.captured = captured
+        self.count = count
+        self.clones = {} if clones is None else clones
+        self.seen: set[tuple[fx.Node, ...]] = set()
+        self.sources: list[tuple[fx.Node, int]] = []
+        self.shared: list[fx.Node] = []
+        self.constants: dict[fx.Node, bool] = {}
+
+    def match(self, copies: Sequence[fx.Node], build: bool = False) -> fx.Node | None:
+        """Walk from ``copies`` down to their frames; raises _Differ where they part. Post-order, without recursion."""
+        stack: list[tuple[tuple[fx.Node, ...], bool]] = [(tuple(copies), False)]
+        while stack:
+            row, ready = stack.pop()
+            if row in self.seen and (not build or row in self.clones):
+                continue
+            first = row[0]
+            if all(node is first for node in row):
+                if not self.constant(first):
+                    self.shared.append(first)
+                self.seen.add(row)
+                self.clones[row] = first
+                continue
+            frames = self.frames(row)
+            if frames is not None:
+                self.seen.add(row)
+                if build and row not in self.clones:
+                    self.clones[row] = self.marked(row, frames)
+                continue
+            children = self.children(row)
+            if ready:
+                self.seen.add(row)
+                if build and row not in self.clones:
+                    self.clones[row] = self.cloned(row)
+                continue
+            stack.append((row, True))
+            stack.extend((child, False) for child in children)
+        return self.clones[tuple(copies)] if build else None
+
+    def constant(self, node: fx.Node) -> bool:
+        """Whether a node depends on parameters alone."""
+        queue, seen = [node], set()
+        while queue:
+            at = queue.pop()
+            if at in seen or self.constants.get(at):
+                continue
+            seen.add(at)
+            if at.op == "placeholder" and at.name not in self.captured.tensors:
+                return False
+            queue.extend(at.all_input_nodes)
+        self.constants.update(dict.fromkeys(seen, True))
+        return True
+
+    def frames(self, row: tuple[fx.Node, ...]) -> list[Frame] | None:
+        """The row as frames of one tensor, evenly spaced and in order, if it is that."""
+        found = [_frame(node) for node in row]
+        first = found[0]
+        if first is None or self.constant(first.source):
+            return None
+        frames = [frame for frame in found if frame is not None]
+        if len(frames) != len(row) or any((f.source, f.dim, f.keepdim) != (first.source, first.dim, first.keepdim) for f in frames):
+            return None
+        step = frames[1].index - first.index
+        if step < 1 or 2 * (frames[-1].index - first.index + 1) < first.source.meta["val"].shape[first.dim]:
+            return None
+        if any(frame.index != first.index + step * at for at, frame in enumerate(frames)):
+            return None
+        if (first.source, first.dim) not in self.sources:
+            self.sources.append((first.source, first.dim))
+        return frames
+
+    def children(self, row: tuple[fx.Node, ...]) -> list[tuple[fx.Node, ...]]:
+        """The rows that a row's nodes read; raises _Differ where the nodes are not the same operator with the same settings."""
+        first = row[0]
+        flat = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in row]
+        for node, (leaves, spec) in zip(row, flat, strict=True):
+            same = node.op == "call_function" == first.op and node.target is first.target and spec == flat[0][1] and len(leaves) == len(flat[0][0])
+            if not same or _shape(node) != _shape(first):
+                raise _Differ
+        children = []
+        for column in zip(*(leaves for leaves, _ in flat), strict=True):
+            if all(isinstance(leaf, fx.Node) for leaf in column):
+                children.append(tuple(column))
+            elif any(isinstance(leaf, fx.Node) for leaf in column) or any(type(leaf) is not type(column[0]) or leaf != column[0] for leaf in column):
+                raise _Differ
+        return children
+
+    def marked(self, row: tuple[fx.Node, ...], frames: list[Frame]) -> fx.Node:
+        graph, first = row[0].graph, frames[0]
+        source, size = first.source, first.source.meta["val"].shape[first.dim]
+        step = frames[1].index - first.index
+        stop = frames[-1].index + 1
+        if (first.index, step, stop) != (0, 1, size):
+            part = (source, first.dim, first.index, stop, step)
+            value = source.meta["val"]
+            source = graph.create_node("call_function", aten.slice.Tensor, part, name=f"rolled_{row[0].name}_part")
+            source.meta = {**row[0].meta, "val": aten.slice.Tensor(value, *part[1:])}
+        frame = graph.create_node("call_function", frame_of, (source, first.dim, first.keepdim), name=f"rolled_{row[0].name}")
+        frame.meta = dict(row[0].meta)
+        return frame
+
+    def cloned(self, row: tuple[fx.Node, ...]) -> fx.Node:
+        first = row[0]
+        children = iter([self.clones[child] for child in self.children(row)])
+        leaves, spec = pytree.tree_flatten((first.args, dict(first.kwargs)))
+        args, kwargs = pytree.tree_unflatten([next(children) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
+        node = first.graph.create_node("call_function", first.target, args, kwargs, name=f"rolled_{first.name}")
+        node.meta = dict(first.meta)
+        return node
+
+
+def _shape(node: fx.Node) -> Any:
+    read: Callable[[Any], Any] = lambda value: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value  # noqa: E731
+    return pytree.tree_map(read, node.meta.get("val"))
