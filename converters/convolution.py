@@ -69,7 +69,8 @@ def convolution(
     if transposed:
         from dissect.converters.transposed import conv_transpose
 
-        return conv_transpose(ctx, x, weight, bias, stride, padding, output_padding, groups, dilation)
+        upward: Value = conv_transpose(ctx, x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return upward
     return conv(ctx, x, weight, bias, stride, padding, dilation, groups)
 
 

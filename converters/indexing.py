@@ -39,7 +39,7 @@ def slice_(ctx: Context, x: Value, dim: int = 0, start: int | None = None, end: 
     clock = x.clock
     cropped = size - stop
     length = clock.length.then(-first - cropped - 1, step)
-    facts = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
+    facts: dict[str, Any] = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
     if ctx.exact:
         timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
         if first or cropped:
@@ -101,7 +101,7 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
     left, right = pairs[time]
     out = y.axes.sized(sizes)
     clock = y.clock
-    facts = {"padding": (left, right)}
+    facts: dict[str, Any] = {"padding": (left, right)}
     length = clock.length.then(left + right - 1)
     if mode != "constant":
         raise Refused(f"{mode} padding over time repeats frames of the clip", "use zero padding over time")

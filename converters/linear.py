@@ -44,6 +44,9 @@ def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> 
 class WindowLinear(Primitive):
     """A linear layer over the features of a window of positions, flattened as the original flattens them."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, weight: Tensor | None, bias: Tensor | None, *, ages: list[int], before: int, after: int) -> None:
         super().__init__()
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
@@ -52,7 +55,9 @@ class WindowLinear(Primitive):
         self.before, self.after = before, after
 
     def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
-        weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
+        if weight is None:
+            weight, bias = self.weight, self.bias
+        assert weight is not None
         values = [tap(known, age, frames).reshape(-1, self.before, 1, self.after) for age in self.ages]
         return F.linear(torch.cat(values, 2).flatten(1), weight, bias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
-_REDUCE = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
+_REDUCE: dict[str, Callable[..., torch.Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
 
 
 def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, keepdim: bool) -> Value:
@@ -27,10 +27,7 @@ def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, 
     axes = Axes(tuple(axis for dim, axis in enumerate(ended) if keepdim or dim not in chosen))
     y = ctx.settled(x)
     if inner:
-        keep = clean = ()
         y = ctx.call(_REDUCE[kind], (y, inner, keepdim), axes, y.clock.plain().but(nonneg=y.clock.nonneg), x.dtype)
-    elif keepdim:
-        pass
     if not over_time:
         return Value(y.node, axes, y.timing, y.dtype)
     # a pure time axis is no dimension of a frame: keepdim gives it back with size 1

@@ -62,8 +62,8 @@ def of_frame(x: Tensor, view: Sequence[int] | None, dims: Sequence[int]) -> Tens
     if not dims:
         x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
         return torch.cat([x, torch.zeros_like(x)], 1)
-    mean = x.mean(dims, keepdim=True)
-    return torch.cat([mean.flatten(1), (x - mean).square().mean(dims, keepdim=True).flatten(1)], 1)
+    mean = x.mean(list(dims), keepdim=True)
+    return torch.cat([mean.flatten(1), (x - mean).square().mean(list(dims), keepdim=True).flatten(1)], 1)
 
 
 def over_all(moments: Tensor) -> Tensor:

@@ -177,24 +177,54 @@ _DROPOUTS = {
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, flag by flag: some networks override ``eval()`` and return None or freeze layers."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Every module in eval mode, flag by flag (some networks override ``eval()`` and return None or freeze layers).
+
+    Afterwards each module's attributes are what they were, the very same objects with the very same contents: a
+    forward may keep activations in lists of its own, and torch.export puts copies in the place of lists and tuples.
+    """
+    kept = [(module, dict(module.__dict__)) for module in model.modules()]
+    contents: dict[int, tuple[Any, list[Any]]] = {}
+    for _, attributes in kept:
+        for value in attributes.values():
+            _note(value, contents)
     try:
-        for module, _ in modes:
+        for module, _ in kept:
             module.__dict__["training"] = False
         yield
     finally:
-        for module, mode in modes:
-            module.__dict__["training"] = mode
+        for module, attributes in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for container, items in contents.values():
+            now = _items(container)
+            if len(now) != len(items) or any(one is not other for one, other in zip(now, items, strict=True)):
+                container.clear()
+                if isinstance(container, dict):
+                    container.update(zip(items[::2], items[1::2], strict=True))
+                else:
+                    (container.extend if isinstance(container, list) else container.update)(items)
+
+
+def _items(container: Any) -> list[Any]:
+    return [part for pair in container.items() for part in pair] if isinstance(container, dict) else list(container)
+
+
+def _note(value: Any, contents: dict[int, tuple[Any, list[Any]]]) -> None:
+    if isinstance(value, (list, dict, set, tuple)) and id(value) not in contents:
+        items = _items(value)
+        if not isinstance(value, tuple):
+            contents[id(value)] = (value, items)
+        for item in items:
+            _note(item, contents)
 
 
 @contextmanager
 def _legacy() -> Iterator[None]:
     """``.data`` reads as ``detach()`` and ``Variable(x)`` as ``x``, for the time of an export."""
     meta = type(torch.autograd.Variable)
-    data = property(lambda tensor: tensor.detach(), torch._C.TensorBase.data.__set__)
-    torch.Tensor.data = data  # type: ignore[assignment,misc]
-    meta.__call__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign,misc]
+    data = property(lambda tensor: tensor.detach(), torch._C.TensorBase.data.__set__)  # type: ignore[attr-defined]
+    torch.Tensor.data = data  # type: ignore[assignment]
+    meta.__call__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign]
     try:
         yield
     finally:

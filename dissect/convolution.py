@@ -30,6 +30,9 @@ class FrameConv(Primitive):
     Without a ``weight`` of its own it takes weight and bias as arguments (shared or computed weights).
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         weight: Tensor | None,
@@ -58,6 +61,13 @@ class FrameConv(Primitive):
     def dims(self) -> int:
         return len(self.stride)
 
+    def held(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that were passed, or else the layer's own."""
+        if weight is not None:
+            return weight, bias
+        assert self.weight is not None
+        return self.weight, self.bias
+
     def taps(self, weight: Tensor) -> Tensor:
         """The weight with its taps first: ``(taps, out, in / groups, *spatial)``."""
         return weight.unsqueeze(0) if self.time is None else weight.movedim(2 + self.time, 0)
@@ -74,13 +84,13 @@ class FrameConv(Primitive):
             x = F.pad(x, [width for pair in reversed(self.padding) for width in pair])
         padding = [left if even else 0 for left, _ in self.padding]
         if self.transposed:
-            return _TRANSPOSED[self.dims](  # type: ignore[no-any-return,operator]
+            return _TRANSPOSED[self.dims](
                 x, weight, bias, self.stride, padding, self.output_padding, groups, self.dilation
             )
-        return _CONV[self.dims](x, weight, bias, self.stride, padding, self.dilation, groups)  # type: ignore[no-any-return,operator]
+        return _CONV[self.dims](x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
-        weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
+        weight, bias = self.held(weight, bias)
         return self.space(x, self.taps(weight)[0], bias, self.groups)
 
     def extra_repr(self) -> str:
@@ -108,7 +118,7 @@ class TemporalConv(FrameConv):
         return torch.cat(tuple(taps), 0 if self.transposed else 1)
 
     def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
-        weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
+        weight, bias = self.held(weight, bias)
         taps = self.taps(weight)
         if frames is None:
             return self.step(known, taps, bias)
@@ -119,7 +129,7 @@ class TemporalConv(FrameConv):
         even = all(left == right for left, right in self.padding)
         if not even:
             x = F.pad(x, [width for pair in reversed(self.padding) for width in pair])
-        y = _CONV[self.dims + 1](  # type: ignore[operator]
+        y = _CONV[self.dims + 1](
             x,
             taps.movedim(0, 2),
             bias,
@@ -128,7 +138,7 @@ class TemporalConv(FrameConv):
             (self.spacing, *self.dilation),
             self.groups,
         )
-        return y.movedim(2, 1).flatten(0, 1)  # type: ignore[no-any-return]
+        return y.movedim(2, 1).flatten(0, 1)
 
     def step(self, known: Any, taps: Tensor, bias: Tensor | None, frames: int | None = None) -> Tensor:
         if self.groups == 1 and frames is None:

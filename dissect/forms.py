@@ -89,7 +89,7 @@ class Form(nn.Module):
         return code
 
     def _apply(self, fn: Any, recurse: bool = True) -> Form:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, *args: Any, frames: int | None = None) -> Any:
@@ -157,7 +157,7 @@ def build(dissected: Dissected, kind: Kind) -> Form:
             env[node] = graph.call_function(operator.getitem, (copied, 0))
             made = graph.call_function(operator.getitem, (copied, 1))
             new += [graph.call_function(operator.getitem, (made, index)) for index in range(count)]
-    outputs = []
+    outputs: list[Any] = []
     for output in dissected.outputs:
         if output.value is None:
             continue

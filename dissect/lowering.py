@@ -38,8 +38,7 @@ class LoweredConv(nn.Module):
         else:
             kernels = [taps[0]]
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
-        bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
-        self.bias = bias
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         conv.register_parameter("weight", None)
         conv.register_parameter("bias", None)
 
@@ -89,6 +88,10 @@ def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
     form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
+    for node in module.graph.nodes:  # a cast to the network's own precision is one to that of the step
+        if dtype != torch.float64 and node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: dtype if leaf is torch.float64 else leaf)
     fold(module)
     drop(module)
     flatten_shuffles(module)

@@ -61,7 +61,7 @@ def module_of(index: int) -> tuple[str, nn.Module]:
 @contextmanager
 def standing_aside(model: nn.Module, example: tuple[Any, ...]) -> Iterator[None]:
     """While a network is captured, its opaque modules are one operator each; their shapes come from one run."""
-    units = [(path, module) for path, module in model.named_modules() if isinstance(module, tuple(OPAQUE))] if OPAQUE else []
+    units = [(path, module) for path, module in model.named_modules() if type(module) in OPAQUE]
     if not units:
         yield
         return

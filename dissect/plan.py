@@ -20,7 +20,7 @@ PRESETS = ("d3d", "causal", "exact")
 POOLS = ("window", "cumulative", "none")
 
 #: what an override may say of a layer, and what it means
-OVERRIDES: dict[str, tuple[type, str]] = {
+OVERRIDES: dict[str, tuple[type[Any], str]] = {
     "depth": (int, "taps of a temporal convolution or pool; dropped taps are folded into the nearest kept one"),
     "pool": (str, "window, cumulative or none: what a global pool over time becomes"),
     "window": (int, "positions in the window of a global pool over time"),
@@ -74,7 +74,8 @@ class Options:
                 if key not in OVERRIDES:
                     raise PlanError(f"override {pattern!r}: no setting {key!r}; there are {', '.join(OVERRIDES)}")
                 kind, meaning = OVERRIDES[key]
-                if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
+                wrong = isinstance(value, bool) or value < 1 if kind is int and isinstance(value, int) else False
+                if not isinstance(value, kind) or wrong:
                     raise PlanError(f"override {pattern!r}: {key}={value!r} is no {kind.__name__} that fits ({meaning})")
                 if key == "pool" and value not in POOLS:
                     raise PlanError(f"override {pattern!r}: pool={value!r} is unknown; there are {', '.join(POOLS)}")
@@ -122,8 +123,8 @@ class Plan:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Head and cells of the plan as text."""
-        head = ("layer", "operator", "kernel", "stride", "padding", "decision", "verdict", "why", "cache")
-        cells = [
+        head: tuple[str, ...] = ("layer", "operator", "kernel", "stride", "padding", "decision", "verdict", "why", "cache")
+        cells: list[tuple[str, ...]] = [
             (
                 row.path or "-",
                 row.op,

@@ -204,7 +204,10 @@ class Clock(Primitive):
 
     def answer(self, time: Tensor, ended: Tensor) -> Tensor:
         """``(rows, queries)`` counts, all queries at once."""
-        row = lambda values: torch.tensor([values], device=time.device)  # noqa: E731
+
+        def row(values: Sequence[int]) -> Tensor:
+            return torch.tensor([values], device=time.device)
+
         low = row([query.delay + query.shift for query in self.queries])
         stride = row([query.stride for query in self.queries])
         positions = row([query.positions for query in self.queries])

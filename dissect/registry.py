@@ -22,21 +22,23 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dissect.errors import DissectError
 
 __all__ = ["converter", "find", "load_rules", "pointwise", "registered"]
 
 Converter = Callable[..., Any]
+Function = TypeVar("Function", bound=Converter)
 
 _CONVERTERS: dict[Any, Converter] = {}
+_PATIENT: set[Any] = set()
 
 
-def converter(*ops: Any) -> Callable[[Converter], Converter]:
+def converter(*ops: Any) -> Callable[[Function], Function]:
     """Register the decorated function as the converter of ``ops``; raises DissectError for an operator that has one."""
 
-    def register(function: Converter) -> Converter:
+    def register(function: Function) -> Function:
         for op in ops:
             if op in _CONVERTERS:
                 raise DissectError(
@@ -47,6 +49,16 @@ def converter(*ops: Any) -> Callable[[Converter], Converter]:
         return function
 
     return register
+
+
+def patient(*ops: Any) -> None:
+    """Say that the converters of ``ops`` know of :attr:`~dissect.timing.Timing.wait` and ``first``; others get values that need neither."""
+    _PATIENT.update(ops)
+
+
+def is_patient(op: Any) -> bool:
+    """Whether an operator's converter takes values whose positions are not certain yet."""
+    return op in _PATIENT
 
 
 def pointwise(*ops: Any) -> None:

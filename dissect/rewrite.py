@@ -22,12 +22,14 @@ from torch.fx.node import map_aggregate, map_arg
 from dissect import ledger
 from dissect.capturing import Captured
 from dissect.errors import DissectError, Refusal
+from dissect.holding import FirstHistory
 from dissect.inputs import Inputs
 from dissect.ledger import Axes, Axis, Factor, LedgerError
 from dissect.plan import Branches, Options, Row
 from dissect.primitives import Clock, CumulativeMean, Gate, History, Primitive, Query, Tap, WindowReduce
-from dissect.registry import find
+from dissect.registry import find, is_patient
 from dissect.timing import Timing, joined
+from dissect.meeting import ends_met
 from dissect.unrolling import Loop, loops, rolled, unlisted
 
 __all__ = ["Context", "Dissected", "Refused", "Value", "rewrite"]
@@ -138,8 +140,8 @@ class Context:
             for node in captured.graph.nodes
             if node.op == "placeholder" and node.name in captured.tensors
         }
-        self._histories: dict[fx.Node, tuple[History, fx.Node]] = {}
-        self._gates: dict[tuple[fx.Node, float], Value] = {}
+        self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
+        self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
         self._gets: dict[str, fx.Node] = {}
         self._installed: set[str] = set()
@@ -178,7 +180,7 @@ class Context:
     # -- building
 
     def arg(self, value: Any) -> Any:
-        return map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, Value) else leaf)  # type: ignore[arg-type]
+        return map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, Value) else leaf)
 
     def call(self, target: Callable[..., Any], args: Sequence[Any], axes: Axes, timing: Timing | None, dtype: torch.dtype, **kwargs: Any) -> Value:
         """Emit one frame-wise operator."""
@@ -334,21 +336,33 @@ class Context:
     def align(self, values: Sequence[Value]) -> tuple[list[Value], Timing]:
         """Bring operands to one delay (they wait for the latest); refuses operands of different strides."""
         moving = [value for value in values if not value.constant]
+        if len(moving) > 1:
+            moving = ends_met(self, moving)
+        carrying = [value for value in moving if value.time is not None or value.clock.running]
         self.broadcast_back(moving)
-        strides = {value.clock.stride for value in moving}
+        strides = {value.clock.stride for value in carrying}
         if len(strides) > 1:
             raise Refused(
                 f"its operands have temporal strides {' and '.join(map(str, sorted(strides)))}, so their positions do not meet",
             )
         ready = [self.settled(value) for value in moving]
-        latest = max(value.clock.delay for value in ready)
+        latest = max(value.clock.delay + (value.clock.wait if len(moving) > 1 else 0) for value in ready)
         waits = [latest - value.clock.delay for value in ready]
         if any(waits):
             self.row(f"wait {max(waits)} frames to meet", exact=True)
         done = iter([self.delay(value, latest - value.clock.delay) for value in ready])
         out = [value if value.constant else next(done) for value in values]
         clocks = [value.clock for value in out if not value.constant]
-        return out, clocks[0] if len(clocks) == 1 else joined(clocks)
+        leading = [value.clock for value in out if not value.constant and (value.time is not None or value.clock.running)]
+        return out, clocks[0] if len(clocks) == 1 else joined(leading[:1] + clocks)
+
+    def sure(self, value: Any) -> Any:
+        """The value once its positions are certain: delayed by what it must still wait, its front filled."""
+        if not isinstance(value, Value) or value.constant:
+            return value
+        if value.clock.first:
+            value = self.delay(value, -value.clock.delay)
+        return self.delay(value, value.clock.wait)
 
     def broadcast_back(self, values: Sequence[Value]) -> None:
         """Note a value of the whole clip that meets single frames: offline, they see the clip's future through it."""
@@ -366,6 +380,20 @@ class Context:
         """A value whose position 0 is not before the stream (it is, behind a zero padding): delayed until it is not."""
         return self.delay(value, -value.clock.delay) if value.clock.delay < 0 else value
 
+    def confirmed(self, value: Any) -> Any:
+        """A value whose positions come no earlier than it is certain that the clip has them.
+
+        A crop of the clip's end, or a stride that drops a rest, takes away positions whose frames have been seen.
+        """
+        if not self.exact or not isinstance(value, Value) or value.constant:
+            return value
+        clock, late = value.clock, 0
+        for frames in range(1, 2 * self.frames + 2):
+            first, count = max(clock.length(frames - 1), 0), clock.length(frames)
+            if count > first:
+                late = max(late, frames - 1 - clock.delay - clock.stride * first)
+        return self.delay(value, late)
+
     def mixes(self, value: Value) -> None:
         """Note that something reads the past positions of ``value``: rows that are exact at the newest alone lose that."""
         if value.time is not None:
@@ -378,13 +406,15 @@ class Context:
         return self._history(value, depth)
 
     def _history(self, value: Value, depth: int) -> fx.Node:
-        if value.node not in self._histories:
-            module = History(value.axes.frame, 0)
+        key = (value.node, value.clock.first)
+        if key not in self._histories:
+            module = FirstHistory(value.axes.frame, 0) if value.clock.first else History(value.axes.frame, 0)
             path = self.install(self.free("history"), module)
-            node = self.graph.call_module(path, (value.node,))
+            late = (self.ask(Query(1, 1, None)),) if value.clock.first else ()
+            node = self.graph.call_module(path, (value.node, *late))
             node.meta["path"] = self.path
-            self._histories[value.node] = (module, node)
-        module, node = self._histories[value.node]
+            self._histories[key] = (module, node)
+        module, node = self._histories[key]
         module.depth = max(module.depth, depth)
         return node
 
@@ -392,10 +422,10 @@ class Context:
         """The value as it was ``frames`` frames ago."""
         if frames == 0 or value.constant:
             return value
-        source = self._gates.get((value.node, 0.0), value)
+        source = self._gates.get(gated(value, 0.0), value)
         history = self._history(source, frames)
         clock = value.clock
-        timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0))
+        timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
         return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), value.axes, timing, value.dtype)
 
     def ask(self, query: Query) -> fx.Node:
@@ -425,7 +455,7 @@ class Context:
             if fill == 0.0:  # nothing but the zeros of fresh caches lies before position 0
                 return replace(value, timing=value.clock.but(fill=0.0))
             value = self.delay(value, 0)
-        key = (value.node, fill)
+        key = gated(value, fill)
         if key not in self._gates:
             mask = self.inside(value.clock)
             timing = value.clock.but(fill=fill)
@@ -521,6 +551,12 @@ class Context:
                 asked = 2 if self.branches.first(self.node, others) else 1
         self.temporal.add(self.node)
         return min(kernel, asked if asked is not None else kernel)
+
+
+def gated(value: Value, fill: float) -> tuple[Any, ...]:
+    """What a gate is known by: slices of one tensor are one node with positions of their own."""
+    clock = value.clock
+    return value.node, fill, clock.delay, clock.stride, clock.length
 
 
 def op_name(target: Any) -> str:
@@ -632,7 +668,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
         ctx.path = path_of(node, captured)
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         try:
-            values[node] = _convert(ctx, node, list(args), dict(kwargs))
+            values[node] = map_aggregate(_convert(ctx, node, list(args), dict(kwargs)), ctx.confirmed)
         except (Refused, LedgerError) as refused:
             fix = refused.fix if isinstance(refused, Refused) else "reshape batch and time as whole axes"
             refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), fix, ctx.source))
@@ -658,7 +694,7 @@ def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any
     if node.op == "get_attr" or node.op == "call_module":
         raise Refused("control flow that depends on data (a sub-graph) has no step form", "take the branch out of the forward")
     leaves: list[Any] = []
-    map_aggregate((args, kwargs), leaves.append)  # type: ignore[arg-type]
+    map_aggregate((args, kwargs), leaves.append)
     if any(leaf is POISON for leaf in leaves):
         return POISON
     if node.target is operator.getitem:
@@ -674,12 +710,14 @@ def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any
             "no converter for this operator",
             f"register one with @dissect.converter(torch.ops.{op_name(node.target)}...) in a file given by --rules",
         )
+    if not is_patient(node.target):
+        args, kwargs = map_aggregate((args, kwargs), ctx.sure)
     return found(ctx, *args, **kwargs)
 
 
 def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """An operator on constants alone: evaluated now, and emitted, so that training reaches the parameters behind it."""
-    tensors, tensor_kwargs = map_aggregate((args, kwargs), lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf)  # type: ignore[arg-type]
+    tensors, tensor_kwargs = map_aggregate((args, kwargs), lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf)
     if "device" in kwargs:
         tensor_kwargs = {**tensor_kwargs, "device": torch.device("cpu")}
     with torch.no_grad():
@@ -698,6 +736,7 @@ def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, An
 
 def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) -> None:
     """Bring the outputs to one delay, write the output node, install what is read, drop what is not."""
+    outputs[:] = [replace(output, value=ctx.sure(output.value)) for output in outputs]
     moving = [output.value for output in outputs if output.value is not None and not output.value.constant]
     if not moving:
         raise DissectError("the network's output does not depend on the clip; there is nothing to stream")

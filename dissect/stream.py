@@ -118,20 +118,23 @@ class Stream:
         leaves = self.leaves(inputs)
         dims = self.dissected.time_dims
         frames, batch = next((leaf.shape[dim], leaf.shape[0]) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+        out, *caches = self.chunk(*self.dissected.inputs.nested(leaves), *self.caches(batch))
         extra = self.flush_frames(frames)
-        caches = list(self.caches(batch))
-        for index, cache in enumerate(self.cache_list):
-            if cache.spec.role == "length":
-                caches[index] = torch.full_like(caches[index], frames)
-        padded = []
-        for leaf, dim in zip(leaves, dims, strict=True):
-            if dim is None:
-                padded.append(leaf)
-                continue
-            shape = list(leaf.shape)
-            shape[dim] = extra
-            padded.append(torch.cat([leaf, leaf.new_zeros(shape)], dim))
-        out, *_ = self.chunk(*self.dissected.inputs.nested(padded), *caches)
+        if extra:
+            # As a runner does it: nobody knows when a stream will end until it has.
+            roles = [cache.spec.role for cache in self.cache_list]
+            caches = [caches[roles.index("age")].clone() if role == "length" else cache for role, cache in zip(roles, caches, strict=True)]
+            silence = [
+                leaf if dim is None else leaf.new_zeros([extra if at == dim else size for at, size in enumerate(leaf.shape)])
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+            rest, *_ = self.chunk(*self.dissected.inputs.nested(silence), *caches)
+            pairs = zip(pytree.tree_leaves(out), pytree.tree_leaves(rest), self.dissected.outputs, strict=True)
+            joined = [
+                leaf if output.value is None or output.value.constant else torch.cat([leaf, more], output_time(output.value.axes))
+                for leaf, more, output in pairs
+            ]
+            out = pytree.tree_unflatten(joined, pytree.tree_structure(out))
         return self.trimmed(out, self.timing.delay)
 
     def trimmed(self, out: Any, start: int) -> Any:

@@ -64,6 +64,8 @@ class Timing:
     padding     what an explicit padding added in front of and behind the positions, for the next convolution to know
     pooled      rows of the plan that are exact only while this value is not broadcast back onto every position
     running     one frame that stands for every position, in a loop over frames: positions without a time axis
+    wait        frames that it must still be delayed until a position that exists is known not to be cut off by the end
+    first       the first frame stands in front of position 0, as often as is asked for; ``delay`` counts from there
     newest      rows of the plan that are exact only at the last position of a clip
     endless     depends on every frame so far, so that no still scene reaches a steady state
     """
@@ -79,6 +81,8 @@ class Timing:
     padding: tuple[int, int] = (0, 0)
     pooled: frozenset[int] = frozenset()
     running: bool = False
+    wait: int = 0
+    first: bool = False
     newest: frozenset[int] = frozenset()
     endless: bool = False
 
@@ -94,7 +98,22 @@ class Timing:
         return replace(self, **changes)
 
     def delayed(self, frames: int) -> Timing:
-        return self.but(delay=self.delay + frames, old=self.old + frames, new=self.new + frames)
+        return self.but(delay=self.delay + frames, old=self.old + frames, new=self.new + frames, wait=max(0, self.wait - frames))
+
+    def owed(self, frames: int, spacing: int | None = None) -> int:
+        """How late positions become certain: the most frames from a position's own time (of a stream without delay)
+        to the arrival of the frame that makes a clip long enough to have it; clips up to a few times ``frames``."""
+        spacing = self.stride if spacing is None else spacing
+        late, count = 0, 0
+        for length in range(1, 4 * frames + 64):
+            while count < self.length(length):
+                late = max(late, length - 1 - count * spacing)
+                count += 1
+        return late
+
+    def certain(self, frames: int) -> Timing:
+        """With the frames to wait until its positions are certain."""
+        return self.but(wait=max(0, self.owed(frames) - self.delay))
 
     def plain(self) -> Timing:
         """After an operator that may change what stands outside the positions."""
@@ -113,5 +132,6 @@ def joined(timings: Iterable[Timing]) -> Timing:
         running=any(timing.running for timing in known),
         newest=frozenset().union(*(timing.newest for timing in known)),
         endless=any(timing.endless for timing in known),
+        wait=max(timing.wait for timing in known),
     )
 

@@ -123,7 +123,11 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
     """The graph with one copy in place of the loops ``found``; ``captured`` is what :func:`unlisted` gave, and changes."""
     graph = captured.graph
     clones: dict[tuple[fx.Node, ...], fx.Node] = {}
+    gone: set[fx.Node] = set()
     for loop in found:
+        if loop.end in gone or gone.intersection(loop.copies):
+            continue  # it goes over the results of another; the next round takes it
+        gone.add(loop.end)
         matcher = _Matcher(captured, len(loop.copies), clones)
         with graph.inserting_before(loop.end):
             body = matcher.match(loop.copies, build=True)
@@ -140,7 +144,10 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
                 total = _SUMS[loop.end.target]
                 result = graph.create_node("call_function", total, (result, [dim]), name=f"rolled_{loop.end.name}_all")
                 result.meta = dict(loop.end.meta)
+        name = loop.end.name
         loop.end.replace_all_uses_with(result)
+        graph.erase_node(loop.end)
+        result.name = name  # the same value as before, under its name
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return captured

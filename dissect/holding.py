@@ -1,0 +1,109 @@
+"""Primitives that hold values: the first frame, the last one, a choice between two, a running sum.
+
+The law of :mod:`dissect.primitives` holds: a chunk over T frames equals T steps. Masks are ``(rows,)``, from the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dissect.primitives import CacheSpec, History, Primitive, lifted, tap
+
+__all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps"]
+
+
+class Choose(Primitive):
+    """The first value where the mask is set, the second elsewhere."""
+
+    def forward(self, x: Tensor, other: Tensor, mask: Tensor, frames: int | None = None) -> Tensor:
+        return torch.where(lifted(mask, x) > 0, x, other.to(x.dtype))
+
+
+class Hold(Primitive):
+    """Sample and hold: the value where the mask is set, elsewhere the last value for which it was (zeros before the first)."""
+
+    def __init__(self, frame: Sequence[int]) -> None:
+        super().__init__()
+        self.frame = tuple(frame)
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
+        return (CacheSpec(self.frame),)
+
+    def forward(self, x: Tensor, mask: Tensor, caches: tuple[Tensor] | None = None, frames: int | None = None) -> Any:
+        if frames is None:
+            assert caches is not None
+            y = torch.where(lifted(mask, x) > 0, x, caches[0])
+            return y, (y + 0,)
+        x = x.reshape(-1, frames, *x.shape[1:])
+        held = x.new_zeros((x.shape[0], *x.shape[2:])) if caches is None else caches[0]
+        known = torch.cat([held.unsqueeze(1), x], 1)
+        at = torch.arange(1, frames + 1, device=x.device) * (mask.reshape(-1, frames) > 0)
+        at = at.cummax(1).values.reshape(-1, frames, *[1] * (x.dim() - 2)).expand_as(x)
+        y = known.gather(1, at)
+        return y.flatten(0, 1), (y[:, -1],)
+
+    def extra_repr(self) -> str:
+        return f"frame={self.frame}"
+
+
+class FirstHistory(History):
+    """A history in front of whose first frame that frame stands, as often as is asked for.
+
+    ``mask`` is 0 at the stream's first frame and 1 afterwards.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor, caches: tuple[Tensor] | None = None, frames: int | None = None) -> Any:  # type: ignore[override]
+        if x.dim() == 1:
+            x = x.unsqueeze(1)
+        if self.depth == 0:
+            return super().forward(x, None, frames)
+        first = x if frames is None else x.reshape(-1, frames, *x.shape[1:])[:, 0]
+        late = mask if frames is None else mask.reshape(-1, frames)[:, 0]
+        before = first.repeat(1, self.depth, *[1] * (x.dim() - 2))
+        if caches is not None:
+            before = torch.where(lifted(late, before) > 0, caches[0], before)
+        return super().forward(x, (before,), frames)
+
+
+class Taps(Primitive):
+    """The values of several ages, stacked on a new last dimension."""
+
+    def __init__(self, ages: Sequence[int]) -> None:
+        super().__init__()
+        self.ages = tuple(ages)
+
+    def forward(self, known: Any, frames: int | None = None) -> Tensor:
+        return torch.stack([tap(known, age, frames) for age in self.ages], -1)
+
+    def extra_repr(self) -> str:
+        return f"ages={self.ages}"
+
+
+class RunningSum(Primitive):
+    """The sum of this value and of all that lie a multiple of ``stride`` frames before it."""
+
+    def __init__(self, frame: Sequence[int], stride: int = 1) -> None:
+        super().__init__()
+        self.frame = tuple(frame)
+        self.stride = stride
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
+        return (CacheSpec(self.frame),) * self.stride
+
+    def forward(self, x: Tensor, caches: tuple[Tensor, ...] | None = None, frames: int | None = None) -> Any:
+        steps = (x,) if frames is None else x.reshape(-1, frames, *x.shape[1:]).unbind(1)
+        sums = list(caches) if caches is not None else [torch.zeros_like(steps[0])] * self.stride
+        totals = []
+        for step in steps:
+            totals.append(sums[0] + step)
+            sums = [*sums[1:], totals[-1]]
+        return (torch.stack(totals, 1).flatten(0, 1) if frames is not None else totals[0]), tuple(total + 0 for total in sums)
+
+    def extra_repr(self) -> str:
+        return f"frame={self.frame}, stride={self.stride}"

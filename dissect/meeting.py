@@ -1,0 +1,89 @@
+"""Meeting: operands whose positions differ in number, before they are brought to one delay.
+
+Values of the whole clip (a pooled pathway, a single frame) have no position of their own: what counts is the clip's
+end. The law: for a clip of L frames, what meets is each operand's value at its own last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dissect.holding import Hold
+from dissect.ledger import Axes, Axis
+from dissect.primitives import Query
+from dissect.timing import Length, Timing
+
+if TYPE_CHECKING:
+    from dissect.rewrite import Context, Value
+
+__all__ = ["ended", "ends_met", "until"]
+
+
+def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
+    """The operands, where a single position meets many as one value of the clip, and where all are values of the clip, at one end."""
+    sizes = [positions(value.axes) for value in values]
+    if 1 in sizes and any(size is not None and size > 1 for size in sizes):
+        values = [ended(ctx, value) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
+    if any(value.time is not None or value.clock.running for value in values):
+        return list(values)
+    clocks = [value.clock for value in values]
+    if ctx.exact:
+        lates = [lateness(clock, ctx.frames) for clock in clocks]
+        if all(late == [at + clock.delay - clocks[0].delay for at in lates[0]] for late, clock in zip(lates, clocks, strict=True)):
+            return list(values)
+    elif len({clock.stride for clock in clocks}) == 1:
+        return list(values)
+    ends = [max(late) if late else 0 for late in lates] if ctx.exact else [0] * len(values)
+    start = max(next(length for length in range(1, 4 * ctx.frames + 64) if clock.length(length) > 0) for clock in clocks)
+    last = max(ends)
+    held = []
+    for value, end in zip(values, ends, strict=True):
+        value = ctx.delay(ctx.settled(value), last - end) if ctx.exact else value
+        if value.clock.stride > 1 or ctx.exact:
+            value = hold(ctx, value, ctx.inside(value.clock, phase=value.clock.stride > 1))
+        timing = value.clock.but(stride=1, delay=last + start - 1, length=Length().then(-start)) if ctx.exact else value.clock.but(stride=1)
+        held.append(replace(value, timing=timing))
+    ctx.row("held until all have ended", exact=ctx.exact, reason="" if ctx.exact else "each at its newest position")
+    return held
+
+
+def positions(axes: Axes) -> int | None:
+    """The example's number of positions; None where time has ended."""
+    return next((factor.size for axis in axes.dims for factor in axis.factors if factor.kind == "T"), None)
+
+
+def lateness(clock: Timing, frames: int) -> list[int]:
+    """How long after a clip's last frame its last position comes, by the clip's length."""
+    return [clock.last(length) - (length - 1) for length in range(1, 4 * frames + 64) if clock.length(length) > 0]
+
+
+def hold(ctx: Context, value: Value, mask: object) -> Value:
+    """The value while the mask is set, then its last one."""
+    return ctx.primitive("hold", Hold(value.axes.frame), (value, mask), value.axes, value.clock.plain(), value.dtype)
+
+
+def until(ctx: Context, value: Value, time: int) -> Value:
+    """The value up to a time of the stream, and from then on as it was at that time."""
+    past = ctx.ask(Query(time + 1, 1, None))
+    return hold(ctx, value, ctx.graph.call_function(one_less, (past,)))
+
+
+def one_less(mask: object) -> object:
+    """The mask turned round."""
+    return 1 - mask  # type: ignore[operator]
+
+
+def ended(ctx: Context, value: Value) -> Value:
+    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest."""
+    axes = Axes(tuple(Axis(tuple(f for f in axis.factors if f.kind != "T")) if "T" in axis.kinds else axis for axis in value.axes.dims))
+    value = ctx.settled(value)
+    clock = value.clock
+    if ctx.exact and clock.wait:
+        ctx.row("the first frame, held", exact=True)
+        held = until(ctx, value, clock.delay)
+        return ctx.reframe(replace(held, timing=held.clock.but(wait=0)), axes)
+    mark = frozenset({len(ctx.rows)})
+    ctx.row("the newest position", exact=ctx.exact, reason="" if ctx.exact else "one for every frame")
+    return ctx.reframe(replace(value, timing=clock.plain().but(wait=0, pooled=clock.pooled | mark)), axes)
