@@ -54,7 +54,9 @@ class WindowLinear(Primitive):
         self.ages = tuple(ages)
         self.before, self.after = before, after
 
-    def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
+    def forward(
+        self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None
+    ) -> Tensor:
         if weight is None:
             weight, bias = self.weight, self.bias
         assert weight is not None
@@ -85,7 +87,13 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
     timing = clock.plain().but(old=clock.old + ages[0])
     if exact:
         timing = timing.but(delay=clock.delay + ages[0], length=clock.length.then(-positions))
-    ctx.row(f"linear over a window of {positions}", exact=exact, reason="" if exact else "the last positions", kernel=positions, stride=stride)
+    ctx.row(
+        f"linear over a window of {positions}",
+        exact=exact,
+        reason="" if exact else "the last positions",
+        kernel=positions,
+        stride=stride,
+    )
     known = ctx.history(x, ages[0])
     settings: dict[str, Any] = {"ages": ages, "before": before, "after": after}
     layer = ctx.layer(lambda weight, bias: WindowLinear(weight, bias, **settings), {"weight": weight, "bias": bias})

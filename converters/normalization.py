@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,15 @@ aten = torch.ops.aten
 class BatchNorm(nn.modules.batchnorm._NormBase):
     """Batch norm of frame tensors of any rank; over ``N * T`` rows it is the original's over ``(N, C, T, ...)``."""
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> None:
         super().__init__(running_mean.numel(), eps, momentum, affine=weight is not None)
         if weight is not None:
             self.weight = nn.Parameter(weight)
@@ -33,12 +40,28 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum or 0.0,
+            self.eps,
+        )
 
 
 @converter(aten._native_batch_norm_legit_no_training.default)
 def batch_norm_running(
-    ctx: Context, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float, eps: float
+    ctx: Context,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value,
+    var: Value,
+    momentum: float,
+    eps: float,
 ) -> tuple[Value, None, None]:
     if not x.axes[1].plain:
         raise Refused("a batch norm over an axis that merges time with channels")
@@ -64,7 +87,13 @@ def batch_norm_running(
 
 @converter(aten.layer_norm.default)
 def layer_norm(
-    ctx: Context, x: Value, shape: Sequence[int], weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5, cudnn: bool = True
+    ctx: Context,
+    x: Value,
+    shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
 ) -> Value:
     rank = len(x.shape)
     inner = range(rank - len(shape), rank)
@@ -91,7 +120,13 @@ def layer_norm(
 
 @converter(aten.group_norm.default)
 def group_norm(
-    ctx: Context, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5, cudnn: bool = True
+    ctx: Context,
+    x: Value,
+    groups: int,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
 ) -> Value:
     own_channels(x, "group")
     if any("T" in axis.kinds for axis in x.axes.dims[2:]):
@@ -125,10 +160,14 @@ def instance_norm(
     own_channels(x, "instance")
     if not use_input_stats:
         x = ctx.settled(x)
-        return ctx.call(F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps), x.axes, x.clock.plain(), x.dtype)
+        return ctx.call(
+            F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps), x.axes, x.clock.plain(), x.dtype
+        )
     if not any("T" in axis.kinds for axis in x.axes.dims[2:]):
         x = ctx.settled(x)
-        return ctx.call(F.instance_norm, (x, None, None, weight, bias, True, momentum, eps), x.axes, x.clock.plain(), x.dtype)
+        return ctx.call(
+            F.instance_norm, (x, None, None, weight, bias, True, momentum, eps), x.axes, x.clock.plain(), x.dtype
+        )
     return channel_norm(ctx, x, weight, bias, eps)
 
 
@@ -140,14 +179,16 @@ def batch_norm_without_statistics(
     own_channels(x, "batch")
     if all(axis.plain for axis in x.axes.dims[2:]) and x.time is None and prod(x.axes.frame) == x.shape[1]:
         raise Refused(
-            "a batch norm without running statistics that normalises by the rows of the batch alone, and a stream is one row",
+            "a batch norm without running statistics that normalises by the rows of the batch alone",
             "keep running statistics (track_running_stats=True), and train them",
         )
     return channel_norm(ctx, x, weight, bias, eps), None, None
 
 
 @converter(aten.rms_norm.default)
-def rms_norm(ctx: Context, x: Value, shape: Sequence[int], weight: Value | None = None, eps: float | None = None) -> Value:
+def rms_norm(
+    ctx: Context, x: Value, shape: Sequence[int], weight: Value | None = None, eps: float | None = None
+) -> Value:
     if any(not axis.plain for axis in x.axes.dims[len(x.axes) - len(shape) :]):
         raise Refused("an RMS norm over time", "normalise over channels or space only")
     x = ctx.settled(x)
@@ -156,13 +197,19 @@ def rms_norm(ctx: Context, x: Value, shape: Sequence[int], weight: Value | None 
 
 def own_channels(x: Value, name: str) -> None:
     if not x.axes[1].plain or x.axes[0].space > 1:
-        raise Refused(f"a{'n' * (name[0] in 'aeiou')} {name} norm over an axis that merges channels with others", "give it channels of their own")
+        raise Refused(
+            f"a{'n' * (name[0] in 'aeiou')} {name} norm over an axis that merges channels with others",
+            "give it channels of their own",
+        )
 
 
 def channelwise(ctx: Context, x: Value, *factors: Value | None) -> list[Value | None]:
     """Weights a channel, as they multiply a frame tensor."""
     shape = (-1, *[1] * (len(x.axes.frame) - 1))
-    return [factor and replace(factor, node=ctx.graph.call_function(torch.reshape, (factor.node, shape))) for factor in factors]
+    return [
+        factor and replace(factor, node=ctx.graph.call_function(torch.reshape, (factor.node, shape)))
+        for factor in factors
+    ]
 
 
 def channel_norm(ctx: Context, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
@@ -181,7 +228,7 @@ def normalise(
     weight: Value | None,
     bias: Value | None,
 ) -> Value:
-    """Each position by the mean and variance over ``dims`` of the frame (seen as ``view``) and over time; ``size`` means."""
+    """Each position by mean and variance over ``dims`` of the frame (seen as ``view``) and time; ``size`` means."""
     x = ctx.settled(x)
     both, _ = moments(ctx, x, view, dims, size, over_time=x.time is not None, back=True)
     (x, both), timing = ctx.align([x, both])
@@ -189,7 +236,13 @@ def normalise(
 
 
 def standardised(
-    x: Tensor, both: Tensor, view: Sequence[int] | None, dims: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    both: Tensor,
+    view: Sequence[int] | None,
+    dims: Sequence[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     y = x if view is None else x.reshape(x.shape[0], *view)
     shape = [1 if dim in dims else size for dim, size in enumerate(y.shape)]

@@ -62,6 +62,7 @@ __all__ = [
     "StreamError",
     "VerificationError",
     "VideoError",
+    "__version__",
     "convert",
     "converter",
     "export",
@@ -70,7 +71,6 @@ __all__ = [
     "pointwise",
     "verify",
     "zoo",
-    "__version__",
 ]
 
 if TYPE_CHECKING:

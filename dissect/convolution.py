@@ -89,7 +89,9 @@ class FrameConv(Primitive):
             )
         return _CONV[self.dims](x, weight, bias, self.stride, padding, self.dilation, groups)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None
+    ) -> Tensor:
         weight, bias = self.held(weight, bias)
         return self.space(x, self.taps(weight)[0], bias, self.groups)
 
@@ -117,7 +119,9 @@ class TemporalConv(FrameConv):
         """The weight over stacked channels: all taps in one, along the input's channels."""
         return torch.cat(tuple(taps), 0 if self.transposed else 1)
 
-    def forward(self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None) -> Tensor:
+    def forward(
+        self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None
+    ) -> Tensor:
         weight, bias = self.held(weight, bias)
         taps = self.taps(weight)
         if frames is None:

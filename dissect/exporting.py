@@ -44,13 +44,15 @@ def export(
 ) -> Path:
     """Write the step model of ``stream`` to ``path`` and return the path.
 
-    ``preprocess`` (a :class:`~dissect.Preprocess`) and ``labels`` go into the file's metadata. ``reset`` adds a boolean
-    input ``reset``, ``(batch,)``, that clears a row's caches before the step. Raises :class:`~dissect.ExportError` where
-    ONNX has no form for an operator.
+    ``preprocess`` (a :class:`~dissect.Preprocess`) and ``labels`` go into the file's metadata. ``reset`` adds a
+    boolean input ``reset``, ``(batch,)``, that clears a row's caches before the step. Raises
+    :class:`~dissect.ExportError` where ONNX has no form for an operator.
     """
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
-        raise ExportError(f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder that exists")
+        raise ExportError(
+            f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder"
+        )
     model = to_model(stream, preprocess, labels, reset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     with _beside(target) as partial:
@@ -64,11 +66,16 @@ def export(
     return target
 
 
-def to_model(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False) -> ir.Model:
+def to_model(
+    stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False
+) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
     contract = contract_of(stream, preprocess, labels)
     step: nn.Module = lower(stream)
-    frames = [leaf[:1].float() if leaf.is_floating_point() else leaf[:1] for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))]
+    frames = [
+        leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
+        for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
+    ]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
     caches = [cache.spec.zeros(ROWS, torch.float32) for cache in stream.cache_list]
     names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
@@ -82,8 +89,12 @@ def to_model(stream: Stream, preprocess: Any = None, labels: Sequence[str] | Non
     flat = _Flat(step)
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(flat.eval(), args, dynamic_shapes=(tuple({0: batch} for _ in args),), strict=False)
-            exported = torch.onnx.export(program, dynamo=True, input_names=names, output_names=outs, optimize=True, verbose=False)
+            program = torch.export.export(
+                flat.eval(), args, dynamic_shapes=(tuple({0: batch} for _ in args),), strict=False
+            )
+            exported = torch.onnx.export(
+                program, dynamo=True, input_names=names, output_names=outs, optimize=True, verbose=False
+            )
     except Exception as error:
         text = str(error).strip().splitlines()[0][:400] if str(error).strip() else ""
         raise ExportError(f"the step model does not go to ONNX: {type(error).__name__}: {text}") from error
@@ -114,7 +125,9 @@ class _Resetting(nn.Module):
     def forward(self, *args: Tensor) -> Any:
         *given, reset = args
         frames, caches = given[: self.frames], given[self.frames :]
-        fresh = [torch.where(reset.reshape(-1, *[1] * (cache.dim() - 1)), torch.zeros_like(cache), cache) for cache in caches]
+        fresh = [
+            torch.where(reset.reshape(-1, *[1] * (cache.dim() - 1)), torch.zeros_like(cache), cache) for cache in caches
+        ]
         return self.step(*frames, *fresh)
 
 
@@ -153,10 +166,19 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
     leaves = pytree.tree_leaves(stream.frame(stream.example, 0))
     names = ["frame"] if len(leaves) == 1 else [f"frame_{index}" for index in range(len(leaves))]
     inputs = tuple(
-        InputSpec(name, ("batch", *map(int, leaf.shape[1:])), _dtype(torch.float32 if leaf.is_floating_point() else leaf.dtype), unit.rate)
+        InputSpec(
+            name,
+            ("batch", *map(int, leaf.shape[1:])),
+            _dtype(torch.float32 if leaf.is_floating_point() else leaf.dtype),
+            unit.rate,
+        )
         for name, leaf, unit in zip(names, leaves, dissected.inputs.groups, strict=True)
     )
-    moving = [(name, output.value) for name, output in zip(output_names(stream), dissected.outputs, strict=True) if output.value is not None]
+    moving = [
+        (name, output.value)
+        for name, output in zip(output_names(stream), dissected.outputs, strict=True)
+        if output.value is not None
+    ]
     outputs = tuple(
         OutputSpec(name, value.clock.stride, value.clock.delay, tuple(value.clock.length.steps))
         for name, value in moving
@@ -197,7 +219,9 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
 def output_names(stream: Stream) -> list[str]:
     """``output`` for one tensor, the keys of a dict, or numbers for a tuple."""
     spec = stream.dissected.captured.out_spec
-    paths = [path for path, _ in pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))]
+    paths = [
+        path for path, _ in pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    ]
     if len(paths) == 1 and not paths[0]:
         return ["output"]
     names = []

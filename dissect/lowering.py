@@ -1,8 +1,8 @@
 """Lowering: the step form as a runtime wants it.
 
 At one frame a temporal convolution of k taps is a 2D convolution over ``k * C`` stacked channels, so nothing
-here has a time axis: no tensor above rank 4, no 3D operator. Weights are stacked once and for all, batch norms are folded into
-the convolution before them, or become one multiplication and one addition. The law: a lowered step
+here has a time axis: no tensor above rank 4, no 3D operator. Weights are stacked once and for all, batch norms are
+folded into the convolution before them, or become one multiplication and one addition. The law: a lowered step
 equals the step form to rounding. The stream itself is not changed.
 """
 
@@ -83,7 +83,7 @@ class Affine(nn.Module):
 
 
 def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The step form of ``stream`` lowered: flat frames and caches in, flat outputs and new caches out, as :class:`fx.GraphModule`."""
+    """The step form of ``stream`` lowered, a :class:`fx.GraphModule`: frames and caches in, outputs and new caches out."""
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
@@ -113,7 +113,11 @@ def fold(module: fx.GraphModule) -> None:
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
             factor, shift = affine_of(layer)
             source = node.args[0]
-            before = module.get_submodule(str(source.target)) if isinstance(source, fx.Node) and source.op == "call_module" else None
+            before = (
+                module.get_submodule(str(source.target))
+                if isinstance(source, fx.Node) and source.op == "call_module"
+                else None
+            )
             if isinstance(source, fx.Node) and len(source.users) == 1 and isinstance(before, LoweredConv):
                 before.scale(factor, shift)
                 node.replace_all_uses_with(source)
@@ -130,7 +134,8 @@ def fold(module: fx.GraphModule) -> None:
 
 def affine_of(norm: nn.modules.batchnorm._NormBase) -> tuple[Tensor, Tensor]:
     """What a batch norm with running statistics does, as factor and shift a channel."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.detach() + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.detach()
@@ -157,7 +162,7 @@ def drop(module: fx.GraphModule) -> None:
 def flatten_shuffles(module: fx.GraphModule) -> None:
     """Reshape, permute, reshape (a channel shuffle) without the dimensions that only travel along.
 
-    ``(B, g, c, H, W)`` to ``(B, c, g, H, W)`` is rank 5 for nothing: ``H, W`` stay neighbours, so they are one dimension.
+    ``(B, g, c, H, W)`` to ``(B, c, g, H, W)`` is rank 5 for nothing: ``H, W`` stay neighbours, one dimension.
     """
     for node in module.graph.nodes:
         if node.target is not torch.permute or len(node.users) == 0:

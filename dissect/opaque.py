@@ -1,7 +1,7 @@
 """Whole modules as opaque per-frame units: :func:`per_frame`.
 
-A module that treats each frame by itself may do what no graph can hold. Marked with ``per_frame``, it is not traced: the
-step calls it as it is, on one frame. The user's class and modules are not changed; only while a
+A module that treats each frame by itself may do what no graph can hold. Marked with ``per_frame``, it is not traced:
+the step calls it as it is, on one frame. The user's class and modules are not changed; only while a
 network is captured does such a module stand aside for one operator.
 """
 
@@ -69,7 +69,9 @@ def standing_aside(model: nn.Module, example: tuple[Any, ...]) -> Iterator[None]
 
     def note(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(result, Tensor):
-            raise CaptureError(f"{type(module).__name__} is marked per_frame and takes or gives more than one tensor; wrap it in a module that does not")
+            raise CaptureError(
+                f"{type(module).__name__} is marked per_frame, and takes or gives more than one tensor; wrap it in one that does not"
+            )
         shapes[module] = (args[0], result)
 
     handles = [module.register_forward_hook(note) for _, module in units]

@@ -20,14 +20,29 @@ __all__ = ["Shifted", "Still", "Unshiftable"]
 
 aten = torch.ops.aten
 _CONV = {aten.conv1d: F.conv1d, aten.conv2d: F.conv2d, aten.conv3d: F.conv3d}
-_TRANSPOSED = {aten.conv_transpose1d: F.conv_transpose1d, aten.conv_transpose2d: F.conv_transpose2d, aten.conv_transpose3d: F.conv_transpose3d}
+_TRANSPOSED = {
+    aten.conv_transpose1d: F.conv_transpose1d,
+    aten.conv_transpose2d: F.conv_transpose2d,
+    aten.conv_transpose3d: F.conv_transpose3d,
+}
 _NORMS = (aten.group_norm, aten.instance_norm, aten.layer_norm)
 _RESAMPLING = (
     aten.repeat_interleave,
-    *[getattr(aten, f"{name}{dims}d") for name in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)],
+    *[
+        getattr(aten, f"{name}{dims}d")
+        for name in ("upsample_nearest", "_upsample_nearest_exact")
+        for dims in (1, 2, 3)
+    ],
     *(aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d),
 )
-_POOLS = {aten.max_pool1d: 1, aten.max_pool2d: 2, aten.max_pool3d: 3, aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}
+_POOLS = {
+    aten.max_pool1d: 1,
+    aten.max_pool2d: 2,
+    aten.max_pool3d: 3,
+    aten.avg_pool1d: 1,
+    aten.avg_pool2d: 2,
+    aten.avg_pool3d: 3,
+}
 
 
 _OVER_TIME = (
@@ -91,7 +106,16 @@ class _Edges(fx.Interpreter):
         return x if size <= count else x.narrow(value.time, size - count, count)
 
     def conv(
-        self, target: Any, time: int, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        self,
+        target: Any,
+        time: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> Tensor:
         dims = weight.dim() - 2
         at = time - 2
@@ -99,7 +123,9 @@ class _Edges(fx.Interpreter):
             return target(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
         gaps = _spread(dilation, dims)
         if isinstance(padding, str):
-            totals = [(size - 1) * gap if padding == "same" else 0 for size, gap in zip(weight.shape[2:], gaps, strict=True)]
+            totals = [
+                (size - 1) * gap if padding == "same" else 0 for size, gap in zip(weight.shape[2:], gaps, strict=True)
+            ]
             pairs = [(total // 2, total - total // 2) for total in totals]
         else:
             pairs = [(side, side) for side in _spread(padding, dims)]
@@ -130,23 +156,35 @@ class _Edges(fx.Interpreter):
         reach = (weight.shape[2 + at] - 1) * gaps[at]
         count = (x.shape[time] - 1) * steps[at] - 2 * pads[at] + reach + extra[at] + 1
         pads[at] = extra[at] = 0
-        return self.phased(x, time, reach, steps[at], count, lambda y: target(y, weight, bias, steps, pads, extra, groups, gaps))
+        return self.phased(
+            x, time, reach, steps[at], count, lambda y: target(y, weight, bias, steps, pads, extra, groups, gaps)
+        )
 
-    def phased(self, x: Tensor, time: int, reach: int, step: int, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def phased(
+        self, x: Tensor, time: int, reach: int, step: int, count: int, run: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """A transposed convolution over time: ``run`` without any padding, to be cut to ``count`` positions."""
         raise Unshiftable("it adds positions between others")
 
-    def pool(self, target: Any, dims: int, time: int, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> Tensor:
+    def pool(
+        self, target: Any, dims: int, time: int, x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any
+    ) -> Tensor:
         at = time - (x.dim() - dims)
         size, pads = _spread(kernel, dims), _spread(padding, dims)
         step = _spread(stride, dims) if isinstance(stride, int) or len(stride) else size
         maximum = "max_pool" in str(target)
         gap = _spread(rest[0], dims)[at] if maximum and rest else 1
         options = list(rest)
-        ceil = (options[1] if maximum and len(options) > 1 else options[0] if not maximum and options else False) is True
+        ceil = (
+            options[1] if maximum and len(options) > 1 else options[0] if not maximum and options else False
+        ) is True
         if size[at] == x.shape[time] and pads[at] == 0:
             return target(x, kernel, stride, padding, *rest)  # type: ignore[no-any-return]
-        if ceil or (not maximum and len(options) > 1 and options[1] is False and pads[at]) or (not maximum and len(options) > 2 and options[2]):
+        if (
+            ceil
+            or (not maximum and len(options) > 1 and options[1] is False and pads[at])
+            or (not maximum and len(options) > 2 and options[2])
+        ):
             raise Unshiftable
         x = self.edge(x, time, (size[at] - 1) * gap, pads[at], pads[at], float("-inf") if maximum else 0.0)
         pads[at] = 0
@@ -163,14 +201,16 @@ class _Edges(fx.Interpreter):
 
 
 class Still(_Edges):
-    """The original away from its edges: beyond them, the scene stands still (exact for a clip of one frame repeated)."""
+    """The original away from its edges: beyond them, the scene stands still (for a clip of one frame repeated)."""
 
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
         count = x.shape[dim]
         index = torch.arange(-left, count + right, device=x.device).clamp(0, count - 1)
         return x.index_select(dim, index)
 
-    def phased(self, x: Tensor, time: int, reach: int, step: int, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def phased(
+        self, x: Tensor, time: int, reach: int, step: int, count: int, run: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """The mean over the phases: where the stride before is gone, nothing tells them apart."""
         y = run(self.edge(x, time, reach, reach + 1, reach + 1, 0.0))
         whole = (y.shape[time] - 2 * reach) // step * step
@@ -205,7 +245,9 @@ class Shifted(_Edges):
                 raise Unshiftable("it resamples time")
             inside = len(n.args[1]) if packet is aten.layer_norm else len(value.shape) - 2  # type: ignore[arg-type]
             own = packet is not aten.instance_norm or n.args[5]
-            if packet is aten._native_batch_norm_legit or (packet in _NORMS and own and value.time >= len(value.shape) - inside):
+            if packet is aten._native_batch_norm_legit or (
+                packet in _NORMS and own and value.time >= len(value.shape) - inside
+            ):
                 raise Unshiftable("it normalises every frame by the whole clip")
         return super().run_node(n)
 
@@ -228,7 +270,20 @@ def original(model: nn.Module | Any, example: tuple[Any, ...]) -> fx.GraphModule
     return whole(model, example)
 
 
-_SIZED = {"view", "reshape", "expand", "new_zeros", "zeros", "ones", "full", "new_ones", "new_full", "arange", "_unsafe_view", "repeat"}
+_SIZED = {
+    "view",
+    "reshape",
+    "expand",
+    "new_zeros",
+    "zeros",
+    "ones",
+    "full",
+    "new_ones",
+    "new_full",
+    "arange",
+    "_unsafe_view",
+    "repeat",
+}
 
 
 def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> bool:
@@ -237,7 +292,12 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
     def told(graph: fx.Graph) -> list[Any]:
         calls = [node for node in graph.nodes if node.op == "call_function"]
         return [
-            (str(node.target), None if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in _SIZED else _settings(node))
+            (
+                str(node.target),
+                None
+                if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in _SIZED
+                else _settings(node),
+            )
             for node in calls
         ]
 
@@ -245,4 +305,6 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
 
 
 def _settings(node: fx.Node) -> str:
-    return str(fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: "tensor" if isinstance(leaf, fx.Node) else leaf))
+    return str(
+        fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: "tensor" if isinstance(leaf, fx.Node) else leaf)
+    )

@@ -61,7 +61,9 @@ class Options:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def checked(cls, preset: str, pool: str, window: int | None, overrides: Mapping[str, Mapping[str, Any]] | None) -> Options:
+    def checked(
+        cls, preset: str, pool: str, window: int | None, overrides: Mapping[str, Mapping[str, Any]] | None
+    ) -> Options:
         """Options that make sense; raises PlanError that names the wrong one and what there is."""
         if preset not in PRESETS:
             raise PlanError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
@@ -76,7 +78,9 @@ class Options:
                 kind, meaning = OVERRIDES[key]
                 wrong = isinstance(value, bool) or value < 1 if kind is int and isinstance(value, int) else False
                 if not isinstance(value, kind) or wrong:
-                    raise PlanError(f"override {pattern!r}: {key}={value!r} is no {kind.__name__} that fits ({meaning})")
+                    raise PlanError(
+                        f"override {pattern!r}: {key}={value!r} is no {kind.__name__} that fits ({meaning})"
+                    )
                 if key == "pool" and value not in POOLS:
                     raise PlanError(f"override {pattern!r}: pool={value!r} is unknown; there are {', '.join(POOLS)}")
         return cls(preset, pool, window, dict(overrides or {}))
@@ -119,11 +123,23 @@ class Plan:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The plan as JSON: ``{"preset", "exact", "rows": [...]}``."""
-        return json.dumps({"preset": self.preset, "exact": self.exact, "rows": [asdict(row) for row in self.rows]}, indent=indent)
+        return json.dumps(
+            {"preset": self.preset, "exact": self.exact, "rows": [asdict(row) for row in self.rows]}, indent=indent
+        )
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Head and cells of the plan as text."""
-        head: tuple[str, ...] = ("layer", "operator", "kernel", "stride", "padding", "decision", "verdict", "why", "cache")
+        head: tuple[str, ...] = (
+            "layer",
+            "operator",
+            "kernel",
+            "stride",
+            "padding",
+            "decision",
+            "verdict",
+            "why",
+            "cache",
+        )
         cells: list[tuple[str, ...]] = [
             (
                 row.path or "-",
@@ -149,8 +165,12 @@ class Plan:
     def __str__(self) -> str:
         head, cells = self.table()
         widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
-        text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *cells])
-        return f"{text}\npreset {self.preset}: {'exact' if self.exact else f'{len(self.approximate)} of {len(self.rows)} rows approximate'}"
+        text = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [head, *cells]
+        )
+        promise = "exact" if self.exact else f"{len(self.approximate)} of {len(self.rows)} rows approximate"
+        return f"{text}\npreset {self.preset}: {promise}"
 
 
 class Branches:
@@ -181,7 +201,11 @@ class Branches:
                 continue
             fork = order[shared.bit_length() - 1]
             self.ends.add(fork)
-            below = sum(1 << index[node] for node in order[index[fork] + 1 : index[merge]] if self.above[node] >> index[fork] & 1)
+            below = sum(
+                1 << index[node]
+                for node in order[index[fork] + 1 : index[merge]]
+                if self.above[node] >> index[fork] & 1
+            )
             self.inside |= below & self.above[merge]
         self.strided = {node for node in strided if not self.in_branch(node)}
 

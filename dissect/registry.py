@@ -52,7 +52,7 @@ def converter(*ops: Any) -> Callable[[Function], Function]:
 
 
 def patient(*ops: Any) -> None:
-    """Say that the converters of ``ops`` know of :attr:`~dissect.timing.Timing.wait` and ``first``; others get values that need neither."""
+    """Say that the converters of ``ops`` know of ``Timing.wait`` and ``first``; others get values that need neither."""
     _PATIENT.update(ops)
 
 
@@ -91,7 +91,7 @@ def _load_shipped() -> None:
         package = importlib.import_module("dissect.converters")
     except ModuleNotFoundError as error:
         raise DissectError(
-            "dissect.converters is not importable: this is a checkout that is not installed; run `pip install -e .` in it"
+            "dissect.converters is not importable: this checkout is not installed; run `pip install -e .` in it"
         ) from error
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"dissect.converters.{module.name}")
@@ -114,4 +114,6 @@ def load_rules(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise error if isinstance(error, DissectError) else DissectError(f"{path}: {type(error).__name__}: {error}") from error
+        raise (
+            error if isinstance(error, DissectError) else DissectError(f"{path}: {type(error).__name__}: {error}")
+        ) from error

@@ -54,11 +54,12 @@ class Report:
         return all(row.ok for row in self.rows)
 
     def check(self) -> Report:
-        """Raise :class:`~dissect.VerificationError` with the broken promises, if there are any; else return the report."""
+        """Raise :class:`~dissect.VerificationError` with the broken promises, if there are any; else return itself."""
         if not self.ok:
             broken = [row for row in self.rows if not row.ok]
             raise VerificationError(
-                f"{len(broken)} of {len(self.rows)} promises do not hold:\n" + "\n".join(f"  {line(row)}" for row in broken)
+                f"{len(broken)} of {len(self.rows)} promises do not hold:\n"
+                + "\n".join(f"  {line(row)}" for row in broken)
             )
         return self
 
@@ -114,9 +115,13 @@ class _Verifier:
             if high - low < 1e-6:
                 low, high = 0.0, 1.0
             if not leaf.is_floating_point():
-                drawn = torch.randint(int(low), max(int(high), int(low) + 2), shape, generator=self.generator, dtype=leaf.dtype)
+                drawn = torch.randint(
+                    int(low), max(int(high), int(low) + 2), shape, generator=self.generator, dtype=leaf.dtype
+                )
             else:
-                drawn = (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(leaf.dtype)
+                drawn = (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(
+                    leaf.dtype
+                )
             drawn = drawn.to(leaf.device)
             if still and dim is not None:
                 drawn = drawn.expand(*[frames if at == dim else -1 for at in range(drawn.dim())]).contiguous()
@@ -131,7 +136,9 @@ class _Verifier:
         for left, right in zip(pytree.tree_leaves(got), pytree.tree_leaves(wanted), strict=True):
             left, right = torch.as_tensor(left), torch.as_tensor(right)
             if left.shape != right.shape:
-                self.rows.append(Check(pair, what, None, None, False, f"shapes {tuple(left.shape)} and {tuple(right.shape)} differ"))
+                self.rows.append(
+                    Check(pair, what, None, None, False, f"shapes {tuple(left.shape)} and {tuple(right.shape)} differ")
+                )
                 return self.rows[-1]
             if right.numel():
                 left, right = left.double(), right.double()
@@ -142,7 +149,9 @@ class _Verifier:
         self.rows.append(Check(pair, what, worst, tolerance, worst <= tolerance, note))
         return self.rows[-1]
 
-    def run(self, model: nn.Module | ExportedProgram | None, onnx: str | Path | None, frames: int | None, runtime: bool) -> list[Check]:
+    def run(
+        self, model: nn.Module | ExportedProgram | None, onnx: str | Path | None, frames: int | None, runtime: bool
+    ) -> list[Check]:
         self.law(frames or 9)
         if model is not None:
             self.say("original")
@@ -219,7 +228,11 @@ class _Verifier:
             if output.value is None or output.value.constant:
                 result.append(column[-1])
             else:
-                result.append(_stack(column, output.value.axes) if how is torch.stack else torch.cat(column, output_time(output.value.axes)))
+                result.append(
+                    _stack(column, output.value.axes)
+                    if how is torch.stack
+                    else torch.cat(column, output_time(output.value.axes))
+                )
         return pytree.tree_unflatten(result, pytree.tree_structure(parts[0]))
 
     def cut(self, inputs: tuple[Any, ...], start: int, stop: int, row: int | None = None) -> tuple[Any, ...]:
@@ -249,7 +262,9 @@ class _Verifier:
 
     def timed(self, inputs: tuple[Any, ...]) -> list[tuple[Tensor, int]]:
         leaves = pytree.tree_leaves(inputs)
-        return [(leaf, dim) for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True) if dim is not None]
+        return [
+            (leaf, dim) for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True) if dim is not None
+        ]
 
     def exact(self, model: nn.Module | ExportedProgram) -> None:
         run = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
@@ -267,9 +282,17 @@ class _Verifier:
             got = self.positions(self.stream.offline(*inputs), frames)
             what = f"stream and flush of {frames} frames"
             tolerance = self.tolerance if promise else float("inf")
-            note = "" if promise else "approximate by the plan: " + ", ".join(row.path for row in self.stream.plan.approximate[:3])
+            note = (
+                ""
+                if promise
+                else "approximate by the plan: " + ", ".join(row.path for row in self.stream.plan.approximate[:3])
+            )
             check = self.compare("original = exact", what, got, wanted, tolerance, note)
-            if not check.ok and frames != self.lengths()[0] and oracle.differs(model, self.stream.original(*inputs), self.stream.dissected.captured):
+            if (
+                not check.ok
+                and frames != self.lengths()[0]
+                and oracle.differs(model, self.stream.original(*inputs), self.stream.dissected.captured)
+            ):
                 note = "for clips of this length the original is another network (its settings follow the length)"
                 self.rows[-1] = replace(check, ok=True, error=None, note=note)
             elif not check.ok:
@@ -326,7 +349,9 @@ class _Verifier:
             return
         out = self.stream.clip(*inputs)
         got, kept = [], []
-        for leaf, want, output in zip(pytree.tree_leaves(out), pytree.tree_leaves(wanted), self.stream.dissected.outputs, strict=True):
+        for leaf, want, output in zip(
+            pytree.tree_leaves(out), pytree.tree_leaves(wanted), self.stream.dissected.outputs, strict=True
+        ):
             if output.value is None or output.value.constant:
                 continue
             dim, stride = output_time(output.value.axes), output.value.clock.stride
@@ -346,7 +371,8 @@ class _Verifier:
             module = oracle.original(model, own)
             values = kind(module, self.stream.dissected.trace).run(*pytree.tree_leaves(own))
         except Exception as error:
-            note = f"the original cannot be run that way: {type(error).__name__} {str(error).splitlines()[0][:120] if str(error) else ''}".strip()
+            said = (str(error).strip().splitlines() or [""])[0][:120]
+            note = f"the original cannot be run that way: {type(error).__name__} {said}".strip()
             self.rows.append(Check(pair, what, None, None, True, note))
             return None
         return values
@@ -379,19 +405,26 @@ class _Verifier:
             held = runner.snapshot().caches
             total = frames + (self.stream.flush_frames(frames) if flush else 0)
             outputs += runner.flush() if flush else []
-            what = f"batch {batch}, {frames} frames" + (f" and {total - frames} of flush" if flush else ", outputs and caches")
+            what = f"batch {batch}, {frames} frames" + (
+                f" and {total - frames} of flush" if flush else ", outputs and caches"
+            )
             wanted = self.clip_of(self.stream.offline(*inputs)) if flush else None
             if wanted is None:
                 out, *caches = self.stream.chunk(*inputs, *self.stream.caches(batch))
                 wanted = self.clip_of(self.stream.trimmed(out, self.stream.timing.delay))
-                self.compare(pair, what, ([pytree.tree_leaves(out) for out in outputs], held), (wanted, caches), tolerance)
+                self.compare(
+                    pair, what, ([pytree.tree_leaves(out) for out in outputs], held), (wanted, caches), tolerance
+                )
             elif len(outputs) != len(wanted):
                 self.rows.append(Check(pair, what, None, None, False, f"{len(outputs)} outputs, not {len(wanted)}"))
             else:
                 self.compare(pair, what, [pytree.tree_leaves(out) for out in outputs], wanted, tolerance)
 
     def arrays(self, frame: Any) -> list[Any]:
-        return [(leaf.float() if leaf.is_floating_point() else leaf).contiguous().numpy() for leaf in pytree.tree_leaves(frame)]
+        return [
+            (leaf.float() if leaf.is_floating_point() else leaf).contiguous().numpy()
+            for leaf in pytree.tree_leaves(frame)
+        ]
 
     def clip_of(self, out: Any) -> list[list[Tensor]]:
         """The clip form's output as one entry a frame."""

@@ -32,7 +32,8 @@ class Style:
         model = self.network().eval()
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                assert module.running_mean is not None and module.running_var is not None
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2)
                 nn.init.uniform_(module.weight, 0.5, 1.5)
