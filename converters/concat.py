@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect import ledger
-from dissect.ledger import Axes, Axis
-from dissect.registry import converter
+from dissect.converters.indexing import select, slice_
+from dissect.converters.time_axis import cat_time
+from dissect.ledger import Axis
+from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
@@ -28,8 +30,10 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     rank = len(values[0].shape)
     dim %= rank
     moving = [value for value in values if not value.constant]
+    if any(value.axes[dim].is_time for value in moving):
+        return cat_time(ctx, values, dim)
     if any("T" in value.axes[dim].kinds for value in moving):
-        raise Refused("a concatenation along time")
+        raise Refused("a concatenation along an axis that merges time with others")
     if any("N" in value.axes[dim].kinds for value in moving):
         raise Refused("a concatenation along the batch")
     values, timing = ctx.align(values)
@@ -38,15 +42,24 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     axes = base.replace(dim, ledger.plain_axis(sum(value.shape[dim] for value in values)))
     at = base.kept(dim)
     assert at is not None
-    values = [value if value.constant else ctx.reframe(value, base.replace(dim, ledger.plain_axis(value.shape[dim]))) for value in values]
+    values = [
+        value if value.constant else ctx.reframe(value, base.replace(dim, ledger.plain_axis(value.shape[dim])))
+        for value in values
+    ]
     whole = [value for value in values if not value.constant]
-    zeros = [value for value in values if value.constant and value.tensor is not None and not value.tensor.any() and value.name is None]
+    zeros = [
+        value
+        for value in values
+        if value.constant and value.tensor is not None and not value.tensor.any() and value.name is None
+    ]
     if len(whole) == 1 and len(zeros) == len(values) - 1:
         before = sum(value.shape[dim] for value in values[: values.index(whole[0])])
         after = sum(value.shape[dim] for value in values) - before - whole[0].shape[dim]
         widths = [0, 0] * (len(axes.frame) - 1 - at) + [before, after]
         fill = whole[0].clock.fill
-        return ctx.call(F.pad, (whole[0], widths), axes, timing.but(fill=fill, nonneg=whole[0].clock.nonneg), like.dtype)
+        return ctx.call(
+            F.pad, (whole[0], widths), axes, timing.but(fill=fill, nonneg=whole[0].clock.nonneg), like.dtype
+        )
     parts = []
     for value in values:
         if value.constant:
@@ -63,16 +76,32 @@ def stack(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     from dissect.converters.shape import unsqueeze
 
     dim %= len(values[0].shape) + 1
-    if any(value.constant for value in values):
-        raise Refused("a stack with a constant")
-    return cat(ctx, [unsqueeze(ctx, value, dim) for value in values], dim)
+    return cat(
+        ctx, [standing(ctx, value, dim) if value.constant else unsqueeze(ctx, value, dim) for value in values], dim
+    )
+
+
+def standing(ctx: Context, value: Value, dim: int) -> Value:
+    """A constant with one more dimension."""
+    assert value.tensor is not None
+    tensor = value.tensor.unsqueeze(dim)
+    node = ctx.graph.call_function(torch.unsqueeze, (value.node, dim))
+    return Value(node, ledger.plain(tensor.shape), None, value.dtype, tensor)
 
 
 @converter(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 def split(ctx: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     dim %= len(x.axes)
+    if x.axes[dim].is_time:
+        return Later(
+            [int(val.shape[dim]) for val in ctx.node.meta["val"]],
+            lambda start, size: slice_(ctx, x, dim, start, start + size),
+        )  # type: ignore[return-value]
     if not x.axes[dim].plain:
-        raise Refused("splitting the time axis" if "T" in x.axes[dim].kinds else "splitting the batch")
+        raise Refused(
+            "splitting an axis that merges time with others" if "T" in x.axes[dim].kinds else "splitting the batch"
+        )
+    x = ctx.sure(x)
     at = x.axes.kept(dim)
     assert at is not None
     start, parts = 0, []
@@ -86,6 +115,26 @@ def split(ctx: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]
 
 @converter(aten.unbind.int)
 def unbind(ctx: Context, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    from dissect.converters.indexing import select
+    sizes = [1] * x.shape[dim % len(x.axes)]
+    return Later(sizes, lambda index, _: select(ctx, x, dim, index))  # type: ignore[return-value]
 
-    return tuple(select(ctx, x, dim, index) for index in range(x.shape[dim % len(x.axes)]))
+
+class Later:
+    """The parts of a tensor, each made when it is asked for: those that nobody reads cost nothing."""
+
+    def __init__(self, sizes: Sequence[int], make: Callable[[int, int], Value]) -> None:
+        self.sizes = sizes
+        self.make = make
+
+    def __getitem__(self, index: int) -> Value:
+        return self.make(sum(self.sizes[:index]), self.sizes[index])
+
+
+patient(
+    aten.cat.default,
+    aten.stack.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+)

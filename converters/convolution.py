@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dissect.convolution import FrameConv, TemporalConv
-from dissect.registry import converter
+from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
@@ -49,8 +49,19 @@ def conv_named(
 ) -> Value:
     dims = len(weight.shape) - 2
     spacing = spread(dilation, dims)
-    totals = [(size - 1) * step if padding == "same" else 0 for size, step in zip(weight.shape[2:], spacing, strict=True)]
-    return convolve(ctx, x, weight, bias, spread(stride, dims), [(total // 2, total - total // 2) for total in totals], spacing, groups)
+    totals = [
+        (size - 1) * step if padding == "same" else 0 for size, step in zip(weight.shape[2:], spacing, strict=True)
+    ]
+    return convolve(
+        ctx,
+        x,
+        weight,
+        bias,
+        spread(stride, dims),
+        [(total // 2, total - total // 2) for total in totals],
+        spacing,
+        groups,
+    )
 
 
 @converter(aten.convolution.default)
@@ -87,14 +98,20 @@ def convolve(
     """A convolution whose input may carry time in one of its kernel's dimensions, merged with the batch, or not at all."""
     dims = len(weight.shape) - 2
     if len(x.shape) != dims + 2:
-        raise Refused("a convolution of an input without a batch dimension", "give the network clips with a batch dimension")
+        raise Refused(
+            "a convolution of an input without a batch dimension", "give the network clips with a batch dimension"
+        )
     for dim, axis in enumerate(x.axes.dims):
         if dim != 0 and not axis.plain and not (dim > 1 and axis.is_time):
-            raise Refused(f"a convolution over an axis that merges {axis.kinds.replace('S', 'space ').replace('T', 'time ')}".rstrip())
+            raise Refused(
+                f"a convolution over an axis that merges {axis.kinds.replace('S', 'space ').replace('T', 'time ')}".rstrip()
+            )
     if not weight.constant or (bias is not None and not bias.constant):
         raise Refused("a convolution whose kernel is computed from the clip")
     time = next((dim - 2 for dim in range(2, dims + 2) if x.axes[dim].is_time), None)
     space = [dim for dim in range(dims) if dim != time]
+    if not x.clock.first or time is None or padding[time] != (0, 0) or weight.shape[2 + time] == 1:
+        x = ctx.sure(x)
     if bias is not None and (time is None or (weight.shape[2 + time] == 1 and padding[time] == (0, 0))):
         x = ctx.settled(x)  # a bias is what this layer makes of a padding before the stream
     settings: dict[str, Any] = {
@@ -112,7 +129,12 @@ def convolve(
     clock = x.clock
     if kernel == 1 and pads == (0, 0):
         if step > 1:
-            ctx.row("temporal stride removed", exact=ctx.exact, reason="" if ctx.exact else "every frame is computed", **facts)
+            ctx.row(
+                "temporal stride removed",
+                exact=ctx.exact,
+                reason="" if ctx.exact else "every frame is computed",
+                **facts,
+            )
         timing = strided(ctx, clock.plain(), step).but(length=clock.length.then(-1, step))
         return build(ctx, FrameConv, x, x, weight, bias, axes, timing, settings)
     reach = (kernel - 1) * spacing
@@ -208,3 +230,13 @@ def build(
         return ctx.module(*layer, (known,), axes, timing, x.dtype)
     node = weight.node if fold is None else ctx.graph.call_function(folded, (weight.node, settings["time"], fold))
     return ctx.primitive("conv", module(None, None), (known, node, bias), axes, timing, x.dtype)
+
+
+patient(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)

@@ -9,16 +9,20 @@ import torch
 from torch.nn import functional as F
 
 from dissect import ledger
-from dissect.converters.convolution import strided
+from dissect.converters.time_axis import Part, assembled, chosen, slice_time
 from dissect.ledger import Axes
-from dissect.registry import converter
+from dissect.meeting import until
+from dissect.primitives import Query
+from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 
 
 @converter(aten.slice.Tensor)
-def slice_(ctx: Context, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Value:
+def slice_(
+    ctx: Context, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Value:
     dim %= len(x.axes)
     size = x.shape[dim]
     first, stop, _ = slice(start, end).indices(size)
@@ -27,8 +31,10 @@ def slice_(ctx: Context, x: Value, dim: int = 0, start: int | None = None, end: 
         return x
     if "N" in axis.kinds:
         raise Refused("a slice of the batch")
-    out = x.axes.sized((*x.shape[:dim], len(range(first, stop, step)), *x.shape[dim + 1 :])) if not axis.plain else x.axes.replace(
-        dim, ledger.plain_axis(len(range(first, stop, step)))
+    out = (
+        x.axes.sized((*x.shape[:dim], len(range(first, stop, step)), *x.shape[dim + 1 :]))
+        if not axis.plain
+        else x.axes.replace(dim, ledger.plain_axis(len(range(first, stop, step))))
     )
     if axis.plain:
         at = x.axes.kept(dim)
@@ -36,19 +42,7 @@ def slice_(ctx: Context, x: Value, dim: int = 0, start: int | None = None, end: 
         return ctx.call(aten.slice.Tensor, (x, at + 1, first, stop, step), out, x.clock, x.dtype)
     if not axis.is_time:
         raise Refused("a slice of an axis that merges time with space")
-    clock = x.clock
-    cropped = size - stop
-    length = clock.length.then(-first - cropped - 1, step)
-    facts: dict[str, Any] = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
-    if ctx.exact:
-        timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
-        if first or cropped:
-            timing = timing.plain()
-        ctx.row("crop of the clip", exact=True, **facts)
-    else:
-        timing = strided(ctx, clock, step).but(length=length)
-        ctx.row("every frame", exact=False, reason="crop or temporal stride removed", **facts)
-    return Value(x.node, out, timing, x.dtype)
+    return slice_time(ctx, x, dim, first, stop, step)
 
 
 @converter(aten.select.int)
@@ -56,7 +50,7 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
     dim %= len(x.axes)
     axis = x.axes[dim]
     size = axis.size
-    index %= size
+    given, index = index, index % size
     out = Axes((*x.axes.dims[:dim], *x.axes.dims[dim + 1 :]))
     if axis.plain:
         at = x.axes.kept(dim)
@@ -67,12 +61,26 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
     x = ctx.settled(x)
     clock = x.clock
     back = size - 1 - index
+    mark = frozenset({len(ctx.rows)})
+    late = ctx.delay(x, back * clock.stride * (clock.removed if ctx.preset == "d3d" else 1))
+    timing = clock.plain().but(old=late.clock.old, new=late.clock.new, pooled=clock.pooled | mark)
     if back == 0:
         ctx.row("the newest position", exact=True)
-        return Value(x.node, out, clock.plain(), x.dtype)
-    ctx.row(f"the position {back} before the newest", exact=ctx.exact, reason="" if ctx.exact else "counted from the newest", kernel=size)
-    late = ctx.delay(x, back * clock.stride * (clock.removed if ctx.preset == "d3d" else 1))
-    return Value(late.node, out, clock.plain().but(old=late.clock.old, new=late.clock.new), x.dtype)
+        return Value(x.node, out, timing, x.dtype)
+    if not ctx.exact or given < 0:
+        ctx.row(
+            f"the position {back} before the newest",
+            exact=ctx.exact,
+            reason="" if ctx.exact else "counted from the newest",
+            kernel=size,
+        )
+        return Value(late.node, out, timing, x.dtype)
+    # In a stream that is no longer than the example that position itself, later the one as far from the newest.
+    ctx.row(f"position {index}, later the position {back} before the newest", exact=True, kernel=size)
+    early = until(ctx, x, clock.delay + index * clock.stride)
+    long = ctx.ask(Query(clock.delay + (size - 1) * clock.stride, 1, None))
+    value = chosen(ctx, late, early, long)
+    return Value(value.node, out, timing if index else timing.but(pooled=clock.pooled), x.dtype)
 
 
 @converter(aten.pad.default)
@@ -93,20 +101,36 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
             flat = flat[:-2]
         if mode != "constant" and len(flat) // 2 > frame_rank - 1:
             raise Refused(f"{mode} padding of channels")
-        still = x.clock.but(fill=x.clock.fill if mode != "constant" or value == x.clock.fill else None, nonneg=x.clock.nonneg and value >= 0)
+        still = x.clock.but(
+            fill=x.clock.fill if mode != "constant" or value == x.clock.fill else None,
+            nonneg=x.clock.nonneg and value >= 0,
+        )
         inner = x.axes.sized([size if dim != time else x.shape[dim] for dim, size in enumerate(sizes)])
         y = ctx.call(F.pad, (x, flat, mode) if mode != "constant" else (x, flat, mode, value), inner, still, x.dtype)
     if time is None:
         return y
+    if y.clock.still or y.clock.first:
+        y = ctx.sure(y)
     left, right = pairs[time]
+    if left < 0 or right < 0:
+        y = slice_time(ctx, y, time, max(0, -left), y.shape[time] - max(0, -right), 1)
+        left, right = max(0, left), max(0, right)
+        if (left, right) == (0, 0):
+            return y
+    if mode != "constant":
+        return pad_with_frames(ctx, y, mode, left, right, time)
+    y = ctx.sure(y)
     out = y.axes.sized(sizes)
     clock = y.clock
     facts: dict[str, Any] = {"padding": (left, right)}
     length = clock.length.then(left + right - 1)
-    if mode != "constant":
-        raise Refused(f"{mode} padding over time repeats frames of the clip", "use zero padding over time")
     if not ctx.exact:
-        ctx.row("padding left to the caches", exact=left >= 0 and right <= 0 and value == 0, reason="right padding removed" if right > 0 else "", **facts)
+        ctx.row(
+            "padding left to the caches",
+            exact=left >= 0 and right <= 0 and value == 0,
+            reason="right padding removed" if right > 0 else "",
+            **facts,
+        )
         padding = (clock.padding[0] + left, clock.padding[1] + right)
         return Value(y.node, out, clock.but(length=length, padding=padding, fill=0.0 if value == 0 else None), x.dtype)
     ctx.row("padding by the clock", exact=True, **facts)
@@ -126,3 +150,23 @@ aten_pad = aten.constant_pad_nd.default
 @converter(aten_pad)
 def constant_pad(ctx: Context, x: Value, widths: Sequence[int], value: float = 0.0) -> Value:
     return pad(ctx, x, widths, "constant", value)
+
+
+def pad_with_frames(ctx: Context, x: Value, mode: str, left: int, right: int, dim: int) -> Value:
+    """Padding over time by frames of the clip: the edge's own (replicate), mirrored (reflect), or the other edge's (circular)."""
+    if mode == "replicate":
+        before, behind = [Part(x, 0)] * left, [Part(x, 1, True)] * right
+    elif mode == "reflect":
+        before = [Part(x, left - at) for at in range(left)]
+        behind = [Part(x, at + 2, True) for at in range(right)]
+    else:
+        if left and ctx.exact:
+            raise Refused(
+                "circular padding over time puts the end of the clip in front of its beginning",
+                "pad with zeros, or replicate",
+            )
+        before, behind = [Part(x, left - at, True) for at in range(left)], [Part(x, at) for at in range(right)]
+    return assembled(ctx, x, before, behind, dim)
+
+
+patient(aten.slice.Tensor, aten.pad.default)

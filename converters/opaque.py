@@ -43,4 +43,6 @@ def per_frame(ctx: Context, x: Value, index: int) -> Value:
         raise Refused("an opaque module that changes the batch or the number of frames")
     x = ctx.settled(x)
     ctx.row("as it is, on one frame", exact=True, reason="marked per_frame")
-    return ctx.module(path, Unit(module, time or None), (x,), Axes(tuple(dims)), x.clock.plain(), ctx.node.meta["val"].dtype)
+    return ctx.module(
+        path, Unit(module, time or None), (x,), Axes(tuple(dims)), x.clock.plain(), ctx.node.meta["val"].dtype
+    )

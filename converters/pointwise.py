@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dissect.ledger import plain
-from dissect.registry import converter
+from dissect.registry import converter, patient
 from dissect.rewrite import Context, Value
 
 aten = torch.ops.aten
@@ -92,7 +92,11 @@ _OTHER = (
     aten.bitwise_or.Tensor,
     aten.isnan.default,
     aten.nan_to_num.default,
-    *[getattr(getattr(aten, name), kind) for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Scalar", "Tensor")],
+    *[
+        getattr(getattr(aten, name), kind)
+        for name in ("gt", "ge", "lt", "le", "eq", "ne")
+        for kind in ("Scalar", "Tensor")
+    ],
     aten.remainder.Scalar,
 )
 
@@ -112,7 +116,9 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
     zero = target in _KEEPS_ZERO and timing.fill == 0.0
     nonneg = target in _NONNEG_ALWAYS or (target in _KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
     if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
-        nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(not value.constant for value in values)
+        nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(
+            not value.constant for value in values
+        )
     timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
     operands = iter(values)
     args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
@@ -129,6 +135,7 @@ def _register(target: Any) -> None:
 
 for _target in dict.fromkeys((*_KEEPS_ZERO, *_OTHER)):
     _register(_target)
+    patient(_target)
 
 
 @converter(aten.prelu.default, aten._prelu_kernel.default)
@@ -137,7 +144,9 @@ def prelu(ctx: Context, x: Value, weight: Value) -> Value:
     if weight.tensor is not None and weight.tensor.numel() > 1:
         shape = [1, -1, *[1] * (len(x.shape) - 2)]
         node = ctx.graph.call_function(torch.reshape, (weight.node, shape))
-        weight = Value(node, plain([*weight.tensor.reshape(shape).shape]), None, weight.dtype, weight.tensor.reshape(shape))
+        weight = Value(
+            node, plain([*weight.tensor.reshape(shape).shape]), None, weight.dtype, weight.tensor.reshape(shape)
+        )
     low = pointwise(ctx, aten.clamp_max.default, (x, 0.0), {})
     high = pointwise(ctx, aten.relu.default, (x,), {})
     return pointwise(ctx, aten.add.Tensor, (high, pointwise(ctx, aten.mul.Tensor, (low, weight), {})), {})
@@ -197,3 +206,14 @@ def dropout(ctx: Context, x: Value, p: float, channels: bool) -> Value:
     kind = {2: torch.nn.Dropout1d, 3: torch.nn.Dropout2d}[len(x.axes.frame)] if whole else torch.nn.Dropout
     path = ctx.path if ctx.path and ctx.path not in ctx._installed else ctx.free("dropout")
     return ctx.module(path, kind(p), (x,), x.axes, x.clock, x.dtype)
+
+
+patient(
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.detach_.default,
+    aten.to.dtype,
+)

@@ -18,10 +18,18 @@ aten = torch.ops.aten
 
 
 @converter(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-def max_pool(ctx: Context, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Value:
+def max_pool(
+    ctx: Context, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Value:
     def space(dims: int, pick: Any) -> tuple[Any, dict[str, Any]]:
         size, step, pads, gap = (pick(setting) for setting in settings)
-        return f"max_pool{dims}d", {"kernel_size": size, "stride": step, "padding": pads, "dilation": gap, "ceil_mode": ceil_mode}
+        return f"max_pool{dims}d", {
+            "kernel_size": size,
+            "stride": step,
+            "padding": pads,
+            "dilation": gap,
+            "ceil_mode": ceil_mode,
+        }
 
     settings = pool_settings(ctx, x, kernel, stride, padding, dilation)
     return pool(ctx, x, "max", settings, ceil_mode, True, None, space)
@@ -54,7 +62,9 @@ def avg_pool(
     return pool(ctx, x, "mean", settings, ceil_mode, count_include_pad, divisor_override, space)
 
 
-def pool_settings(ctx: Context, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[list[int], ...]:
+def pool_settings(
+    ctx: Context, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[list[int], ...]:
     dims = {"1d": 1, "2d": 2, "3d": 3}[str(ctx.node.target).split(".")[1][-2:]]
     if len(x.shape) != dims + 2:
         raise Refused("a pool of an input without a batch dimension", "give the network clips with a batch dimension")
@@ -120,7 +130,12 @@ def pool(
         if (size, step) != (1, 1):
             reasons = [f"{taps} of {size} frames"] if taps < size else ["past only"] if size > 1 else []
             reasons += ["temporal stride removed"] if step > 1 else []
-            ctx.row("every frame" if taps == 1 else f"pool over {taps} frames", exact=False, reason=", ".join(reasons), **facts)
+            ctx.row(
+                "every frame" if taps == 1 else f"pool over {taps} frames",
+                exact=False,
+                reason=", ".join(reasons),
+                **facts,
+            )
         size = min(taps, size)
         reach = (size - 1) * gap
         ages = [index * gap * clock.stride for index in reversed(range(size))]
@@ -129,17 +144,29 @@ def pool(
         delay = 0
     else:
         if (size, step) != (1, 1):
-            ctx.row(f"pool over {size} frame{'s' * (size > 1)}" + (f", {gap * clock.stride} apart" if clock.stride * gap > 1 else ""), exact=True, **facts)
+            ctx.row(
+                f"pool over {size} frame{'s' * (size > 1)}"
+                + (f", {gap * clock.stride} apart" if clock.stride * gap > 1 else ""),
+                exact=True,
+                **facts,
+            )
         ages = [index * gap * clock.stride for index in reversed(range(size))]
         delay = clock.delay + clock.stride * (reach - pad)
         if delay < 0:
             y, delay = ctx.delay(ctx.gate(y), -delay), 0
             clock = y.clock
         timing = clock.plain().but(
-            stride=clock.stride * step, delay=delay, length=length, old=clock.old + ages[0], removed=clock.removed * step, nonneg=clock.nonneg
+            stride=clock.stride * step,
+            delay=delay,
+            length=length,
+            old=clock.old + ages[0],
+            removed=clock.removed * step,
+            nonneg=clock.nonneg,
         )
         widen = (pad, pad)
-    y = pool_taps(ctx, y, kind, ages, pad > 0 or ceil_mode, include_pad or not pad, ceil_mode, widen, bool(divisor), axes, timing)
+    y = pool_taps(
+        ctx, y, kind, ages, pad > 0 or ceil_mode, include_pad or not pad, ceil_mode, widen, bool(divisor), axes, timing
+    )
     return ctx.call(torch.div, (y, scale), axes, timing, y.dtype) if divisor else y
 
 
@@ -241,7 +268,14 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
     timing = strided(ctx, clock.plain(), step).but(length=clock.length.then(-step, step), old=clock.old + ages[0])
     if ctx.exact:
         timing = timing.but(delay=clock.delay + clock.stride * (step - 1))
-    ctx.row(f"pool over {step} frames", exact=ctx.exact, reason="" if ctx.exact else "past only", kernel=step, stride=step, padding=(0, 0))
+    ctx.row(
+        f"pool over {step} frames",
+        exact=ctx.exact,
+        reason="" if ctx.exact else "past only",
+        kernel=step,
+        stride=step,
+        padding=(0, 0),
+    )
     return pool_taps(ctx, y, kind, ages, False, True, False, (0, 0), False, out, timing)
 
 
@@ -250,8 +284,21 @@ def adaptive_space(x: torch.Tensor, kind: str, lead: int, size: tuple[int, ...])
     if all(length == 1 for length in size):
         dims = list(range(lead + 1, x.dim()))
         return x.mean(dims, keepdim=True) if kind == "mean" else x.amax(dims, keepdim=True)
-    names = {"mean": "adaptive_avg_pool", "max": "adaptive_max_pool"}
-    return spaced(x, f"{names[kind]}{len(size)}d", lead, {"output_size": size})
+    lengths = [int(length) for length in x.shape[lead + 1 :]]
+    if all(length % wanted == 0 for length, wanted in zip(lengths, size, strict=True)):
+        names = {"mean": "avg_pool", "max": "max_pool"}
+        steps = tuple(length // wanted for length, wanted in zip(lengths, size, strict=True))
+        return spaced(x, f"{names[kind]}{len(size)}d", lead, {"kernel_size": steps, "stride": steps})
+    for at, (length, wanted) in enumerate(
+        zip(lengths, size, strict=True)
+    ):  # bins of uneven size, one dimension after another
+        dim = lead + 1 + at
+        bins = [(index * length // wanted, -(-(index + 1) * length // wanted)) for index in range(wanted)]
+        parts = [x.narrow(dim, start, stop - start) for start, stop in bins]
+        x = torch.cat(
+            [part.mean(dim, keepdim=True) if kind == "mean" else part.amax(dim, keepdim=True) for part in parts], dim
+        )
+    return x
 
 
 @converter(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)

@@ -28,7 +28,9 @@ def one_state(ctx: Context, x: Value, first: Value, weights: Sequence[Value], *s
 
 
 @converter(aten.lstm.input)
-def two_states(ctx: Context, x: Value, first: Sequence[Value], weights: Sequence[Value], *settings: Any) -> tuple[Value, ...]:
+def two_states(
+    ctx: Context, x: Value, first: Sequence[Value], weights: Sequence[Value], *settings: Any
+) -> tuple[Value, ...]:
     return recurrence(ctx, x, first, weights, *settings)
 
 
@@ -58,7 +60,9 @@ def recurrence(
     if along.plain:
         return frame_recurrence(ctx, x, first, weights, biases, levels, dropout, both, rows, run)
     if not along.is_time:
-        raise Refused("a recurrence over an axis that merges time with space", "run it over time, or over the tokens of a frame")
+        raise Refused(
+            "a recurrence over an axis that merges time with space", "run it over time, or over the tokens of a frame"
+        )
     if both:
         raise Refused(
             "a recurrence in both directions begins at the end of the clip, which a stream has not seen",
@@ -83,7 +87,10 @@ def recurrence(
     phased = clock.stride > 1
     extra: dict[str, Any] = {"mask": ctx.inside(clock, phase=phased)} if phased or clock.delay > 0 else {}
     if any(value is not None for value in start):
-        levelled = [[None if at is None else ctx.graph.call_function(torch.select, (at, 0, level)) for at in start] for level in range(levels)]
+        levelled = [
+            [None if at is None else ctx.graph.call_function(torch.select, (at, 0, level)) for at in start]
+            for level in range(levels)
+        ]
         extra["first"] = [at for values in levelled for at in values]
     whole = not (ctx.preset == "d3d" and clock.removed > 1)
     ctx.row(
@@ -95,15 +102,28 @@ def recurrence(
     )
     ctx.mixes(x)
     timing = clock.plain().but(old=clock.old + clock.stride * (clock.length(ctx.frames) - 1), endless=True)
-    given = {weight.name.rpartition(".")[2] if weight.name else str(index): weight for index, weight in enumerate(weights)}
-    layer = ctx.layer(lambda **tensors: Recurrence(**settings, weights=tensors), given) if len(given) == len(weights) else None
+    given = {
+        weight.name.rpartition(".")[2] if weight.name else str(index): weight for index, weight in enumerate(weights)
+    }
+    layer = (
+        ctx.layer(lambda **tensors: Recurrence(**settings, weights=tensors), given)
+        if len(given) == len(weights)
+        else None
+    )
     features = x.axes.replace(2, plain_axis(first[0].shape[-1]))
     if layer is not None:
         out = ctx.module(*layer, ([x],), features, timing, x.dtype, **extra)
     else:
-        out = ctx.primitive("recurrence", Recurrence(**settings, weights={}), ([x], list(weights)), features, timing, x.dtype, **extra)
+        out = ctx.primitive(
+            "recurrence", Recurrence(**settings, weights={}), ([x], list(weights)), features, timing, x.dtype, **extra
+        )
     last = [
-        Value(stacked(ctx, out.node, [1 + level * count + index for level in range(levels)]), hidden(levels, x.axes[rows], size), timing, x.dtype)
+        Value(
+            stacked(ctx, out.node, [1 + level * count + index for level in range(levels)]),
+            hidden(levels, x.axes[rows], size),
+            timing,
+            x.dtype,
+        )
         for index, size in enumerate(sizes)
     ]
     return Value(item(ctx, out.node, 0), features, timing, x.dtype), *last
@@ -190,13 +210,19 @@ def frame_recurrence(
         starts.append(at)
     node = ctx.graph.call_function(torch.reshape, (node, (-1, *(space or [1]), tokens, x.shape[2])))
     settings: dict[str, Any] = {"kind": name, "levels": levels, "biases": biases, "dropout": dropout, "both": both}
-    given = {weight.name.rpartition(".")[2] if weight.name else str(index): weight for index, weight in enumerate(weights)}
+    given = {
+        weight.name.rpartition(".")[2] if weight.name else str(index): weight for index, weight in enumerate(weights)
+    }
 
     def kind(**tensors: Tensor) -> FrameRecurrence:
         return FrameRecurrence(**settings, weights=tensors)
 
     layer = ctx.layer(kind, given) if len(given) == len(weights) else None
-    path, module, held = (*layer, []) if layer is not None else (ctx.free("recurrence"), FrameRecurrence(**settings, weights={}), list(weights))
+    path, module, held = (
+        (*layer, [])
+        if layer is not None
+        else (ctx.free("recurrence"), FrameRecurrence(**settings, weights={}), list(weights))
+    )
     timing = timing.plain()
     out = ctx.module(path, module, (node, held, starts), x.axes, timing, x.dtype)
     size = first[0].shape[-1] * (2 if both else 1)
@@ -235,12 +261,17 @@ def _cell(name: str) -> Any:
         if any(value.shape[-1] != value.axes[len(value.axes) - 1].space for value in values if not value.constant):
             raise Refused("a recurrent cell over an axis that merges time with features")
         frame = next(value for value in values if not value.constant)
-        states = [ctx.conform(value, frame.axes.replace(1, plain_axis(value.shape[1]))) if value.constant else value for value in values[1:]]
-        x = ctx.conform(values[0], frame.axes.replace(1, plain_axis(values[0].shape[1]))) if values[0].constant else values[0]
-        tensors = [weight for weight in weights]
-        node = ctx.graph.call_function(
-            KINDS[name].cell, ctx.arg((x, tuple(states), *tensors))
+        states = [
+            ctx.conform(value, frame.axes.replace(1, plain_axis(value.shape[1]))) if value.constant else value
+            for value in values[1:]
+        ]
+        x = (
+            ctx.conform(values[0], frame.axes.replace(1, plain_axis(values[0].shape[1])))
+            if values[0].constant
+            else values[0]
         )
+        tensors = list(weights)
+        node = ctx.graph.call_function(KINDS[name].cell, ctx.arg((x, tuple(states), *tensors)))
         timing = timing.plain()
         parts = [
             Value(item(ctx, node, index), frame.axes.replace(1, plain_axis(state.shape[-1])), timing, frame.dtype)

@@ -12,13 +12,23 @@ from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
-_REDUCE: dict[str, Callable[..., torch.Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
+_REDUCE: dict[str, Callable[..., torch.Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "max": torch.amax,
+    "min": torch.amin,
+}
 
 
 def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, keepdim: bool) -> Value:
     """Reduce inside the frame first, then over time."""
     rank = len(x.axes)
-    chosen = sorted({dim % rank for dim in (range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims)})
+    chosen = sorted(
+        {
+            dim % rank
+            for dim in (range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims)
+        }
+    )
     if any("N" in x.axes[dim].kinds for dim in chosen):
         raise Refused(f"a {kind} over the batch", "reduce over the other dimensions only")
     over_time = any("T" in x.axes[dim].kinds for dim in chosen)
@@ -31,7 +41,13 @@ def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, 
     if not over_time:
         return Value(y.node, axes, y.timing, y.dtype)
     # a pure time axis is no dimension of a frame: keepdim gives it back with size 1
-    bare = Axes(tuple(axis for dim, axis in enumerate(ended) if not (dim in chosen and x.axes[dim].dropped) and (keepdim or dim not in chosen)))
+    bare = Axes(
+        tuple(
+            axis
+            for dim, axis in enumerate(ended)
+            if not (dim in chosen and x.axes[dim].dropped) and (keepdim or dim not in chosen)
+        )
+    )
     y = Value(y.node, bare, y.timing, y.dtype)
     return ctx.reframe(ctx.pool_time(y, kind, bare), axes)
 

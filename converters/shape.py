@@ -9,7 +9,7 @@ import torch
 
 from dissect import ledger
 from dissect.ledger import Axes, Axis
-from dissect.registry import converter
+from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
@@ -77,8 +77,12 @@ def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) 
     axes = Axes(tuple(dims))
     wide: list[Axis] = []
     repeats: list[int] = []
+    clock = x.clock
     for axis, length in zip(dims, shape, strict=True):
-        if axis.size == length:
+        if axis.is_time and axis.size == 1 < length:
+            wide.append(Axis((ledger.Factor("T", length),)))
+            clock = clock.but(still=True)
+        elif axis.size == length:
             wide.append(axis)
             if not axis.dropped:
                 repeats.append(-1)
@@ -90,8 +94,26 @@ def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) 
             wide.append(ledger.plain_axis(length))
             repeats.append(length)
     out = Axes(tuple(wide))
-    base = Axes(tuple(axis if axis.size == old.size else (axis if axis.is_time else Axis()) for axis, old in zip(wide, dims, strict=True)))
+    base = Axes(
+        tuple(
+            axis if axis.size == old.size else (axis if axis.is_time else Axis())
+            for axis, old in zip(wide, dims, strict=True)
+        )
+    )
     y = ctx.reframe(x, base)
     if all(repeat == -1 for repeat in repeats):
-        return Value(y.node, out, x.timing, x.dtype)
-    return ctx.call(torch.Tensor.expand, (y, (-1, *repeats)), out, x.clock, x.dtype)
+        return Value(y.node, out, clock, x.dtype)
+    return ctx.call(torch.Tensor.expand, (y, (-1, *repeats)), out, clock, x.dtype)
+
+
+patient(
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+)

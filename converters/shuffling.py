@@ -27,7 +27,9 @@ def pixel_shuffle(ctx: Context, x: Value, factor: int) -> Value:
 @converter(aten.channel_shuffle.default)
 def channel_shuffle(ctx: Context, x: Value, groups: int) -> Value:
     if not x.axes[1].plain or x.axes[0].space > 1:
-        raise Refused("a channel shuffle over an axis that merges channels with others", "give it channels of their own")
+        raise Refused(
+            "a channel shuffle over an axis that merges channels with others", "give it channels of their own"
+        )
     return ctx.call(interleaved, (x, groups), x.axes, x.clock, x.dtype)
 
 

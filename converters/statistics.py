@@ -118,7 +118,12 @@ def moments(
     wait = ctx.exact and bool(settings.get("wait"))
     exact = ctx.exact and not given and (wait or not back)
     timing = clock.but(pooled=frozenset() if wait else frozenset({len(ctx.rows)}))
-    ctx.row(f"statistics of a window of {positions}", exact=exact, reason="" if exact else _why(ctx, back, bool(given)), **facts)
+    ctx.row(
+        f"statistics of a window of {positions}",
+        exact=exact,
+        reason="" if exact else _why(ctx, back, bool(given)),
+        **facts,
+    )
     if wait:  # everything within reach on both sides: for a clip as long as the example's, all of it
         timing = timing.but(delay=clock.delay + (positions - 1) * clock.stride)
         positions = 2 * positions - 1
@@ -127,9 +132,9 @@ def moments(
     seen = ctx.ask(Query(clock.delay, clock.stride, None, positions=positions)) if wait else inside
     known = ctx.history(y, reach)
     window = WindowMoments(positions, clock.stride)
-    return ctx.primitive("statistics", window, (known, seen, inside), axes, timing.but(old=clock.old + reach), x.dtype), (
-        inside if ctx.exact else count
-    )
+    return ctx.primitive(
+        "statistics", window, (known, seen, inside), axes, timing.but(old=clock.old + reach), x.dtype
+    ), (inside if ctx.exact else count)
 
 
 def _why(ctx: Context, back: bool, given: bool) -> str:
@@ -148,20 +153,34 @@ def _why(ctx: Context, back: bool, given: bool) -> str:
 def spread(ctx: Context, x: Value, dims: Any, correction: float, keepdim: bool, root: bool) -> tuple[Value, Value]:
     """The variance (or its root) and the mean over ``dims``."""
     rank = len(x.axes)
-    chosen = sorted({dim % rank for dim in (range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims)})
+    chosen = sorted(
+        {
+            dim % rank
+            for dim in (range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims)
+        }
+    )
     if any("N" in x.axes[dim].kinds for dim in chosen):
         raise Refused("a variance over the batch", "reduce over the other dimensions only")
     x = ctx.settled(x)
     inner = [kept + 1 for dim in chosen if (kept := x.axes.kept(dim)) is not None]
     over_time = any("T" in x.axes[dim].kinds for dim in chosen)
-    ended = Axes(tuple(Axis() if dim in chosen else axis for dim, axis in enumerate(x.axes.dims) if keepdim or dim not in chosen))
+    ended = Axes(
+        tuple(Axis() if dim in chosen else axis for dim, axis in enumerate(x.axes.dims) if keepdim or dim not in chosen)
+    )
     size = prod(axis.space for dim, axis in enumerate(x.axes.dims) if dim not in chosen)
     each = prod(x.axes[dim].space for dim in chosen)
     both, count = moments(ctx, x, None, inner, size, over_time, counted=correction != 0)
     timing = both.clock
     shape = (-1, *ended.frame)
     count = count if over_time else 1
-    args = (both, count if isinstance(count, int) else Value(count, both.axes, timing, x.dtype), each, float(correction), root, shape)
+    args = (
+        both,
+        count if isinstance(count, int) else Value(count, both.axes, timing, x.dtype),
+        each,
+        float(correction),
+        root,
+        shape,
+    )
     dispersed = ctx.call(dispersion, args, ended, timing, x.dtype)
     return dispersed, ctx.call(centre, (both, shape), ended, timing, x.dtype)
 
@@ -185,7 +204,9 @@ def _register(name: str, root: bool, pair: bool) -> None:
     operator = getattr(aten, name)
 
     @converter(operator.correction)
-    def corrected(ctx: Context, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    def corrected(
+        ctx: Context, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False
+    ) -> Any:
         found = spread(ctx, x, dims, 1.0 if correction is None else correction, keepdim, root)
         return found if pair else found[0]
 
@@ -202,7 +223,9 @@ for _name in ("std", "var", "std_mean", "var_mean"):
 
 
 @converter(aten.linalg_vector_norm.default)
-def vector_norm(ctx: Context, x: Value, order: float = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
+def vector_norm(
+    ctx: Context, x: Value, order: float = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Value:
     power = float(order)
     kind = "max" if power == float("inf") else "min" if power == float("-inf") else "sum"
     clock = x.clock.but(fill=x.clock.fill if x.clock.fill == 0.0 else None, nonneg=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dissect.convolution import FrameConv, TemporalConv
 from dissect.converters.convolution import spread
 from dissect.converters.upsampling import spaced
+from dissect.convolution import FrameConv, TemporalConv
 from dissect.ledger import Axis
 from dissect.primitives import Gate
 from dissect.registry import converter
@@ -38,7 +38,10 @@ def conv_transpose(
 ) -> Value:
     dims = len(weight.shape) - 2
     if len(x.shape) != dims + 2:
-        raise Refused("a transposed convolution of an input without a batch dimension", "give the network clips with a batch dimension")
+        raise Refused(
+            "a transposed convolution of an input without a batch dimension",
+            "give the network clips with a batch dimension",
+        )
     if not weight.constant or (bias is not None and not bias.constant):
         raise Refused("a transposed convolution whose kernel is computed from the clip")
     for dim, axis in enumerate(x.axes.dims[1:], 1):
@@ -112,7 +115,7 @@ def folded(
     kept = min(ctx.depth(places[0] - places[-1] + 1), newest - places[-1] + 1) if newest >= places[-1] else 1
     fold = [max(0, min(newest - place, kept - 1)) for place in places]
     ages = [age * timing.stride for age in reversed(range(kept))]
-    reasons = ["taps moved into the past"] if places[0] > newest or ctx.preset == "causal" and newest else []
+    reasons = ["taps moved into the past"] if places[0] > newest or (ctx.preset == "causal" and newest) else []
     reasons += ["dropped taps folded"] if kept < newest - places[-1] + 1 else []
     reasons += [f"mean over {step} phases, since the stride before was removed"] if step > 1 else []
     stride = 1 if ctx.preset == "d3d" else spaced(timing.stride, step)

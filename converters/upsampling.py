@@ -44,7 +44,12 @@ class PhaseMix(Primitive):
         return (CacheSpec((self.depth * channels, *rest)),)
 
     def forward(
-        self, x: Tensor, since: Tensor, edges: Sequence[Tensor] = (), caches: tuple[Tensor] | None = None, frames: int | None = None
+        self,
+        x: Tensor,
+        since: Tensor,
+        edges: Sequence[Tensor] = (),
+        caches: tuple[Tensor] | None = None,
+        frames: int | None = None,
     ) -> Any:
         shape = x.shape
         x = x.reshape(shape[0], -1) if x.dim() == 1 else x
@@ -58,7 +63,11 @@ class PhaseMix(Primitive):
             new = held
         else:
             batch = x.shape[0] // frames
-            past = x.new_zeros(batch, self.depth, *x.shape[1:]) if caches is None else caches[0].reshape(batch, self.depth, *x.shape[1:])
+            past = (
+                x.new_zeros(batch, self.depth, *x.shape[1:])
+                if caches is None
+                else caches[0].reshape(batch, self.depth, *x.shape[1:])
+            )
             known = torch.cat([past, x.reshape(batch, frames, *x.shape[1:])], 1)
             due = since.reshape(batch, frames) < 0.5
             # Where in `known` the positions are: those of the cache, then the frames that are due, in order.
@@ -70,6 +79,8 @@ class PhaseMix(Primitive):
             positions = [pick.flatten(0, 1) for pick in picked]
             new = torch.cat([pick[:, -1] for pick in picked], 1)
         return self.mixed(positions, since, edges).reshape(shape), (new,)
+
+    weights: Tensor | None
 
     def mixed(self, positions: list[Tensor], since: Tensor, edges: Sequence[Tensor]) -> Tensor:
         if self.weights is None:
@@ -95,8 +106,16 @@ def resized(x: Tensor, lead: int, options: dict[str, Any]) -> Tensor:
 
 
 @converter(
-    *[getattr(aten, f"{name}{dims}d").vec for name in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)],
-    *[getattr(aten, f"{name}{dims}d").default for name in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)],
+    *[
+        getattr(aten, f"{name}{dims}d").vec
+        for name in ("upsample_nearest", "_upsample_nearest_exact")
+        for dims in (1, 2, 3)
+    ],
+    *[
+        getattr(aten, f"{name}{dims}d").default
+        for name in ("upsample_nearest", "_upsample_nearest_exact")
+        for dims in (1, 2, 3)
+    ],
 )
 def nearest(ctx: Context, x: Value, size: Sequence[int] | None, *scales: Any) -> Value:
     mode = "nearest-exact" if "exact" in str(ctx.node.target) else "nearest"
@@ -124,7 +143,9 @@ def linear(ctx: Context, x: Value, size: Sequence[int] | None, align_corners: bo
 
 
 @converter(aten.repeat_interleave.self_int)
-def repeat_interleave(ctx: Context, x: Value, repeats: int, dim: int | None = None, *, output_size: int | None = None) -> Value:
+def repeat_interleave(
+    ctx: Context, x: Value, repeats: int, dim: int | None = None, *, output_size: int | None = None
+) -> Value:
     if dim is None or "N" in x.axes[dim].kinds:
         raise Refused("repeating the rows of the batch", "repeat over time or space only")
     dim %= len(x.axes)
@@ -133,22 +154,34 @@ def repeat_interleave(ctx: Context, x: Value, repeats: int, dim: int | None = No
     at = x.axes.kept(dim)
     if not x.axes[dim].plain or at is None:
         raise Refused("repeating an axis that merges time with others")
-    return ctx.call(torch.repeat_interleave, (x, repeats, at + 1), x.axes.replace(dim, plain_axis(ctx.out_shape[dim])), x.clock, x.dtype)
+    return ctx.call(
+        torch.repeat_interleave,
+        (x, repeats, at + 1),
+        x.axes.replace(dim, plain_axis(ctx.out_shape[dim])),
+        x.clock,
+        x.dtype,
+    )
 
 
-def resample(ctx: Context, x: Value, mode: str, align: bool | None, size: Sequence[int] | None, scales: Sequence[Any]) -> Value:
+def resample(
+    ctx: Context, x: Value, mode: str, align: bool | None, size: Sequence[int] | None, scales: Sequence[Any]
+) -> Value:
     """Resample inside the frame first, then over time: interpolation parts that way."""
     rank, out = len(x.shape), ctx.out_shape
     factors = list(scales[0]) if scales and isinstance(scales[0], (list, tuple)) else list(scales)
     factors = factors if len(factors) == rank - 2 and all(factors) else [None] * (rank - 2)
-    if size is not None and any(factor and int(x.shape[2 + at] * factor) != size[at] for at, factor in enumerate(factors)):
+    if size is not None and any(
+        factor and int(x.shape[2 + at] * factor) != size[at] for at, factor in enumerate(factors)
+    ):
         factors = [None] * (rank - 2)
     if any(not x.axes[dim].plain and not x.axes[dim].is_time for dim in range(2, rank)):
         raise Refused("an interpolation over an axis that merges time with others")
     time = next((dim for dim in range(2, rank) if x.axes[dim].is_time), None)
     again = None  # time has ended, and comes back by repetition
     if x.time is None:
-        again = next((dim for dim in range(2, rank) if x.shape[dim] == 1 < out[dim] == x.clock.length(ctx.frames)), None)
+        again = next(
+            (dim for dim in range(2, rank) if x.shape[dim] == 1 < out[dim] == x.clock.length(ctx.frames)), None
+        )
     inner = [dim for dim in range(2, rank) if dim not in (time, again)]
     y = x
     if any(x.shape[dim] != out[dim] or factors[dim - 2] not in (None, 1.0) for dim in inner):
@@ -161,7 +194,9 @@ def resample(ctx: Context, x: Value, mode: str, align: bool | None, size: Sequen
     return y if time is None else in_time(ctx, y, time, mode, align, factors[time - 2])
 
 
-def in_frame(ctx: Context, x: Value, mode: str, align: bool | None, inner: Sequence[int], scales: Sequence[float | None]) -> Value:
+def in_frame(
+    ctx: Context, x: Value, mode: str, align: bool | None, inner: Sequence[int], scales: Sequence[float | None]
+) -> Value:
     axes = x.axes
     for dim in inner:
         axes = axes.replace(dim, plain_axis(ctx.out_shape[dim]))
@@ -197,7 +232,9 @@ def in_time(ctx: Context, x: Value, time: int, mode: str, align: bool | None, sc
             "resample time by a whole factor",
         )
     factor = next((factor for factor in near if not up or taken % factor == 0), near[0])
-    even = corners or (not align and (more == less * factor if scale is None else abs((scale if up else 1 / scale) - factor) < 1e-6))
+    even = corners or (
+        not align and (more == less * factor if scale is None else abs((scale if up else 1 / scale) - factor) < 1e-6)
+    )
     axes = x.axes.replace(time, Axis((Factor("T", wanted),)))
     clock = x.clock
     if up:
@@ -217,7 +254,11 @@ def in_time(ctx: Context, x: Value, time: int, mode: str, align: bool | None, sc
     step = spaced(clock.stride, factor)
     timing = clock.plain().but(stride=step, length=length, removed=max(1, clock.removed // factor), nonneg=clock.nonneg)
     since = ctx.ask(Query(clock.delay, clock.stride, None, since=True))
-    ctx.row(f"every position held for {factor}" if mode != "linear" else f"positions mixed by {factor} phases", exact=even, reason=reason)
+    ctx.row(
+        f"every position held for {factor}" if mode != "linear" else f"positions mixed by {factor} phases",
+        exact=even,
+        reason=reason,
+    )
     if mode != "linear":
         timing = timing.but(old=clock.old + clock.stride - 1)
         return ctx.primitive("hold", PhaseMix(x.axes.frame), (x, since), axes, timing, x.dtype)
@@ -262,12 +303,22 @@ def unneeded(ctx: Context, x: Value, axes: Any, factor: int, length: Any) -> Val
     clock = x.clock
     if clock.removed % factor:
         raise Refused(
-            f"upsampling of time by {factor} where no stride of {factor} came before: a step cannot give more outputs than it is given frames",
+            f"upsampling of time by {factor} without a stride of {factor} before it: a step gives no more outputs than it gets frames",
             "upsample by what strides took out before, or after the stream",
         )
-    ctx.row("no upsampling of time", exact=False, reason="the stride that it makes good was removed: every frame has its own value", stride=factor)
+    ctx.row(
+        "no upsampling of time",
+        exact=False,
+        reason="the stride that it makes good was removed: every frame has its own value",
+        stride=factor,
+    )
     stride = 1 if ctx.preset == "d3d" else spaced(clock.stride, factor)
-    return Value(x.node, axes, clock.plain().but(stride=stride, length=length, removed=clock.removed // factor, nonneg=clock.nonneg), x.dtype)
+    return Value(
+        x.node,
+        axes,
+        clock.plain().but(stride=stride, length=length, removed=clock.removed // factor, nonneg=clock.nonneg),
+        x.dtype,
+    )
 
 
 def fewer(ctx: Context, x: Value, axes: Any, factor: int, length: Any, mode: str, corners: bool, reason: str) -> Value:
@@ -277,9 +328,19 @@ def fewer(ctx: Context, x: Value, axes: Any, factor: int, length: Any, mode: str
     pair = mode == "linear" and factor % 2 == 0 and not corners and ctx.preset != "d3d"
     timing = strided(ctx, clock.plain(), factor).but(length=length, nonneg=clock.nonneg)
     if not ctx.exact:
-        ctx.row("the mean of two frames" if pair else "every frame", exact=False, reason="temporal stride removed", stride=factor)
+        ctx.row(
+            "the mean of two frames" if pair else "every frame",
+            exact=False,
+            reason="temporal stride removed",
+            stride=factor,
+        )
     else:
-        ctx.row(f"one position of {factor}" + (", the mean of two" if pair else ""), exact=not reason, reason=reason, stride=factor)
+        ctx.row(
+            f"one position of {factor}" + (", the mean of two" if pair else ""),
+            exact=not reason,
+            reason=reason,
+            stride=factor,
+        )
         skip = 0 if mode == "nearest" or corners else factor // 2
         timing = timing.but(delay=clock.delay + skip * clock.stride)
     if not pair:

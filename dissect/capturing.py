@@ -10,6 +10,7 @@ can tell the batch from everything else. The user's module is not changed.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,17 +112,24 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
             env[node] = graph.get_attr(key)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+            if node.op == "output":
+                env[node].args = (_results(program, env[node].args[0]),)
             env[node].name = node.name  # a copy is renamed where the name is a builtin's, as `input` is
     return fx.GraphModule(root, graph)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        if shim:
-            with _legacy():
-                return torch.export.export(model, args, strict=False)
-        return torch.export.export(model, args, strict=False)
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # an export that fails is explained once, not in torch's log
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            if shim:
+                with _legacy():
+                    return torch.export.export(model, args, strict=False)
+            return torch.export.export(model, args, strict=False)
+    finally:
+        logging.disable(level)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -139,6 +147,12 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def _results(program: ExportedProgram, values: Any) -> tuple[Any, ...]:
+    """What the network returns, of all that its graph gives: not what becomes of an input that it writes to."""
+    specs = program.graph_signature.output_specs
+    return tuple(value for value, spec in zip(values, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT)
+
+
 def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
     program = _functional(program)
     signature = program.graph_signature
@@ -153,13 +167,17 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
             held = program.state_dict if spec.target in program.state_dict else program.constants
             tensors[placeholder] = (spec.target, held[spec.target])
         else:
-            raise CaptureError(f"the network holds a {spec.kind.name.lower().replace('_', ' ')} ({spec.target}), which no graph can keep")
+            raise CaptureError(
+                f"the network holds a {spec.kind.name.lower().replace('_', ' ')} ({spec.target}), which no graph can keep"
+            )
     changed = [spec.target for spec in signature.output_specs if spec.kind == OutputKind.BUFFER_MUTATION]
     if changed:
         raise CaptureError(
             f"the network writes to its own buffers as it runs ({', '.join(map(str, changed))}); a step model keeps no hidden "
             "state: pass it through the forward, or freeze it"
         )
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    output.args = (_results(program, output.args[0]),)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     return Captured(program.graph, tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name)
 

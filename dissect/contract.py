@@ -21,8 +21,8 @@ FORMAT_VERSION = 1
 ROLES = ("cache", "age", "length")
 PREFIX = "dissect."
 
-Structure = int | list[Any] | dict[str, Any]
-"""How results nest: an output's index, or a list or dict of structures."""
+Structure = int | None | list[Any] | dict[str, Any]
+"""How results nest: an output's index, None where there is no tensor, or a list or dict of structures."""
 
 _ITEMSIZE = {
     **dict.fromkeys(("bool", "int8", "uint8"), 1),
@@ -46,7 +46,8 @@ class InputSpec:
 class OutputSpec:
     """One output: when it exists, and how many positions of it the offline network has.
 
-    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see :meth:`positions`. ``delay`` and ``stride`` are in frames.
+    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see
+    :meth:`positions`. ``delay`` and ``stride`` are in frames.
     """
 
     name: str
@@ -114,7 +115,7 @@ class Contract:
         """Raises :class:`StreamError` where the entries contradict each other."""
         if not self.inputs or not self.outputs:
             raise StreamError("The step model names no frame input or no output; export it again.")
-        leaves = leaves_of(self.structure)
+        leaves = [leaf for leaf in leaves_of(self.structure) if leaf is not None]
         if len(leaves) != len(self.outputs) or set(leaves) != set(range(len(self.outputs))):
             raise StreamError(
                 f"The structure {self.structure!r} does not name each of the {len(self.outputs)} outputs once; "
@@ -227,7 +228,7 @@ class Contract:
 
 
 def leaves_of(structure: Any) -> list[Any]:
-    """The output indices in ``structure``, in the order in which they stand."""
+    """The output indices (and Nones) in ``structure``, in the order in which they stand."""
     if isinstance(structure, dict):
         return [leaf for part in structure.values() for leaf in leaves_of(part)]
     if isinstance(structure, (list, tuple)):
@@ -241,7 +242,7 @@ def pack(structure: Structure, leaves: Sequence[Any]) -> Any:
         return {key: pack(part, leaves) for key, part in structure.items()}
     if isinstance(structure, (list, tuple)):
         return tuple(pack(part, leaves) for part in structure)
-    return leaves[structure]
+    return None if structure is None else leaves[structure]
 
 
 def _json(value: Any) -> str:

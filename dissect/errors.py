@@ -87,6 +87,8 @@ class NotStreamable(DissectError):
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         self.refusals = tuple(refusals)
         head = (
-            "1 operator cannot be streamed" if len(self.refusals) == 1 else f"{len(self.refusals)} operators cannot be streamed"
+            "1 operator cannot be streamed"
+            if len(self.refusals) == 1
+            else f"{len(self.refusals)} operators cannot be streamed"
         )
         super().__init__(f"{head}:\n" + "\n".join(f"  {refusal}" for refusal in self.refusals))

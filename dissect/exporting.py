@@ -86,7 +86,8 @@ def to_model(
         args = (*args, torch.zeros(ROWS, dtype=torch.bool))
         names.append("reset")
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    flat = _Flat(step)
+    kept = [_moves(output) for output in stream.dissected.outputs if output.value is not None]
+    flat = _Flat(step, kept)
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
@@ -101,17 +102,28 @@ def to_model(
     assert exported is not None
     model = exported.model
     _tidy(model)
+    _name_batch(model)
     model.metadata_props.update(contract.to_metadata())
     return model
 
 
 class _Flat(nn.Module):
-    def __init__(self, step: nn.Module) -> None:
+    """A step whose outputs are flat, without those that never change."""
+
+    def __init__(self, step: nn.Module, kept: Sequence[bool]) -> None:
         super().__init__()
         self.step = step
+        self.kept = tuple(kept)
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.step(*args))
+        values = tuple(self.step(*args))
+        outputs = [value for value, kept in zip(values, self.kept, strict=False) if kept]
+        return (*outputs, *values[len(self.kept) :])
+
+
+def _moves(output: Any) -> bool:
+    """Whether an output depends on the clip; a step model has no others."""
+    return output.value is not None and output.value.timing is not None
 
 
 class _Resetting(nn.Module):
@@ -158,6 +170,16 @@ def _tidy(model: ir.Model) -> None:
         seen.add(id(graph.outputs[index]))
 
 
+def _name_batch(model: ir.Model) -> None:
+    """The one dynamic dimension is called ``batch``, whatever torch named it."""
+    graph = model.graph
+    made = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in dict.fromkeys((*graph.inputs, *graph.outputs, *made)):
+        for dim, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and dim == 0:
+                value.shape[0] = ir.SymbolicDim("batch")  # type: ignore[index]
+
+
 def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None) -> Contract:
     """All that a runner must know of the step model."""
     from dissect import __version__
@@ -196,7 +218,7 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
         for cache in stream.cache_list
     )
     indices = iter(range(len(outputs)))
-    positions = [next(indices) if output.value is not None else None for output in dissected.outputs]
+    positions = [next(indices) if _moves(output) else None for output in dissected.outputs]
     structure = _plain(pytree.tree_unflatten(positions, dissected.captured.out_spec))
     preprocess = preprocess if preprocess is not None else stream.preprocess
     timing = stream.timing

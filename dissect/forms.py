@@ -93,11 +93,15 @@ class Form(nn.Module):
         return self
 
     def forward(self, *args: Any, frames: int | None = None) -> Any:
-        """The clip form takes the original's inputs (``frames``: where batch and time are merged), the others a frame or chunk and the caches."""
+        """The clip form takes the original's inputs, the others a frame or chunk and the caches.
+
+        ``frames`` says how many there are where batch and time are merged.
+        """
         inputs = self.structure.inputs
-        given = len(args) if self.kind == "clip" else inputs.given
-        if len(args) < given:
+        given = inputs.spec.num_children if self.kind == "clip" else inputs.given
+        if len(args) < given and not (self.kind == "clip" and len(args) == len(inputs.groups)):
             raise TypeError(f"the {self.kind} form takes {given} input{'s' * (given > 1)}, not {len(args)}")
+        given = len(args) if self.kind == "clip" else given
         tensors = inputs.streams(args, frames) if self.kind == "clip" else pytree.tree_leaves(args[:given])
         values = self.__dict__["run"](*tensors, *args[given:])
         count = sum(literal is None for literal in self.literals)
@@ -124,8 +128,15 @@ def build(dissected: Dissected, kind: Kind) -> Form:
     env: dict[fx.Node, Any] = {}
     units = dissected.inputs.tensors
     first = {unit.group: node for unit, node in reversed(list(zip(units, dissected.placeholders, strict=True)))}
-    taken = {node: graph.placeholder(node.name) for node in dissected.placeholders if kind == "clip" or node in first.values()}
-    placeholders = [taken[node if kind == "clip" else first[unit.group]] for node, unit in zip(dissected.placeholders, units, strict=True)]
+    taken = {
+        node: graph.placeholder(node.name)
+        for node in dissected.placeholders
+        if kind == "clip" or node in first.values()
+    }
+    placeholders = [
+        taken[node if kind == "clip" else first[unit.group]]
+        for node, unit in zip(dissected.placeholders, units, strict=True)
+    ]
     caches = caches_of(dissected)
     held = [graph.placeholder(cache.name.replace(".", "_")) for cache in caches] if kind != "clip" else []
     frames: fx.Node | None = None
@@ -161,7 +172,7 @@ def build(dissected: Dissected, kind: Kind) -> Form:
     for output in dissected.outputs:
         if output.value is None:
             continue
-        value = env.get(output.value.node, None)
+        value = env.get(output.value.node)
         if output.value.constant:
             value = env[output.value.node]
         elif kind != "step":
@@ -178,7 +189,9 @@ def build(dissected: Dissected, kind: Kind) -> Form:
     return Form(dissected.root, graph, kind, dissected, name)
 
 
-def fresh(caches: Sequence[Cache], batch: int, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, ...]:
+def fresh(
+    caches: Sequence[Cache], batch: int, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, ...]:
     """The caches of fresh streams: all zeros."""
     return tuple(cache.spec.zeros(batch, dtype, device) for cache in caches)
 

@@ -20,7 +20,8 @@ class Choose(Primitive):
     """The first value where the mask is set, the second elsewhere."""
 
     def forward(self, x: Tensor, other: Tensor, mask: Tensor, frames: int | None = None) -> Tensor:
-        return torch.where(lifted(mask, x) > 0, x, other.to(x.dtype))
+        like = x if x.dim() >= other.dim() else other  # a constant has no rows
+        return torch.where(lifted(mask, like) > 0, x.to(like.dtype), other.to(like.dtype))
 
 
 class Hold(Primitive):
@@ -103,7 +104,9 @@ class RunningSum(Primitive):
         for step in steps:
             totals.append(sums[0] + step)
             sums = [*sums[1:], totals[-1]]
-        return (torch.stack(totals, 1).flatten(0, 1) if frames is not None else totals[0]), tuple(total + 0 for total in sums)
+        return (torch.stack(totals, 1).flatten(0, 1) if frames is not None else totals[0]), tuple(
+            total + 0 for total in sums
+        )
 
     def extra_repr(self) -> str:
         return f"frame={self.frame}, stride={self.stride}"

@@ -99,7 +99,9 @@ class Input:
 
     def sized(self, batch: int) -> Input:
         """The same input for another batch."""
-        dims = [Axis(tuple(replace(f, size=batch) if f.kind == "N" else f for f in axis.factors)) for axis in self.axes.dims]
+        dims = [
+            Axis(tuple(replace(f, size=batch) if f.kind == "N" else f for f in axis.factors)) for axis in self.axes.dims
+        ]
         return replace(self, axes=Axes(tuple(dims)))
 
     def dense(self, value: Any, frames: int | None) -> Tensor:
@@ -169,15 +171,23 @@ class Inputs:
             elif layout is not None:
                 units.append(_laid_out(value, text))
             else:
-                units.append(_timed(value, dim))
+                units.append(_timed(value, dim))  # type: ignore[arg-type]
         timed = [unit for unit in units if unit is not None and unit.timed]
         if not timed:
-            raise PlanError(f"no input has a dimension {time_dim}: give a clip, for instance torch.randn(1, 3, 16, 112, 112), and its time_dim")
+            raise PlanError(
+                f"no input has a dimension {time_dim}: give a clip, for instance torch.randn(1, 3, 16, 112, 112), and its time_dim"
+            )
         batches = {unit.batch for unit in units if unit is not None and not unit.scalar}
         if len(batches) > 1:
-            raise PlanError(f"the inputs have batches of {' and '.join(map(str, sorted(batches)))}; give every input the same batch, batch first")
+            raise PlanError(
+                f"the inputs have batches of {' and '.join(map(str, sorted(batches)))}; give every input the same batch, batch first"
+            )
         units = _grouped(_rated(units, rates))
-        return cls(tuple(units), spec, tuple(None if unit is not None else value for unit, value in zip(units, values, strict=True)))
+        return cls(
+            tuple(units),
+            spec,
+            tuple(None if unit is not None else value for unit, value in zip(units, values, strict=True)),
+        )
 
     @property
     def tensors(self) -> tuple[Input, ...]:
@@ -227,9 +237,15 @@ class Inputs:
         """Whether ``args`` are dense inputs already."""
         leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
         groups = self.groups
-        if len(leaves) != len(groups) or any(leaf.dim() != len(unit.dense_axes) for leaf, unit in zip(leaves, groups, strict=True)):
+        if len(leaves) != len(groups) or any(
+            leaf.dim() != len(unit.dense_axes) for leaf, unit in zip(leaves, groups, strict=True)
+        ):
             return False
-        return self.plain or len(leaves) != len(self.tensors) or not all(unit.plain or unit.scalar for unit in self.tensors)
+        return (
+            self.plain
+            or len(leaves) != len(self.tensors)
+            or not all(unit.plain or unit.scalar for unit in self.tensors)
+        )
 
     def streams(self, args: Sequence[Any], frames: int | None = None) -> list[Tensor]:
         """Every input as its frames at every frame of the stream, from the network's own inputs or dense ones.
@@ -250,7 +266,11 @@ class Inputs:
                 found[index] = x.expand(rows)
             if dim is None or x.shape[dim] == length:
                 continue
-            mates = [y for other, y in zip(self.tensors, found, strict=True) if other.group == unit.group and y.shape[other.time] == length]  # type: ignore[index]
+            mates = [
+                y
+                for other, y in zip(self.tensors, found, strict=True)
+                if other.group == unit.group and other.time is not None and y.shape[other.time] == length
+            ]
             if mates:
                 own = torch.arange(0, length, unit.rate, device=x.device)[: x.shape[dim]]
                 found[index] = mates[0].index_copy(dim, own, x)
@@ -317,10 +337,15 @@ def parse(text: str, shape: Sequence[int]) -> Axes:
             else:
                 group.append(factor)
         else:
-            raise PlanError(f"layout {text!r} is not understood at {token!r}; write for instance 'b c t h w' or 'b (t=8 c) h w'")
+            raise PlanError(
+                f"layout {text!r} is not understood at {token!r}; write for instance 'b c t h w' or 'b (t=8 c) h w'"
+            )
     names = [name for dim in dims for name, _ in dim]
     if group is not None or len(set(names)) != len(names):
-        raise PlanError(f"layout {text!r} " + ("has a parenthesis that is not closed" if group is not None else "names a factor twice"))
+        raise PlanError(
+            f"layout {text!r} "
+            + ("has a parenthesis that is not closed" if group is not None else "names a factor twice")
+        )
     if "b" not in names:
         raise PlanError(f"layout {text!r} has no batch; name it b")
     if len(dims) != len(shape):
@@ -330,20 +355,24 @@ def parse(text: str, shape: Sequence[int]) -> Axes:
         known = prod(given for _, given in dim if given is not None)
         free = [name for name, given in dim if given is None]
         if len(free) > 1:
-            raise PlanError(f"layout {text!r}: the size of {' or '.join(free)} must be given, for instance ({free[0]}=8 {' '.join(free[1:])})")
+            raise PlanError(
+                f"layout {text!r}: the size of {' or '.join(free)} must be given, for instance ({free[0]}=8 {' '.join(free[1:])})"
+            )
         if size % known or (not free and size != known):
             raise PlanError(f"layout {text!r}: a dimension of {size} is not a product with {known}")
-        factors = []
+        factors: list[Factor] = []
         for name, given in dim:
             kind = {"b": "N", "t": "T"}.get(name, "S")
-            factor = Factor(kind, given if given is not None else size // known)  # type: ignore[arg-type]
-            if kind != "S" or factor.size > 1:
-                factors.append(factor)
+            made = Factor(kind, given if given is not None else size // known)  # type: ignore[arg-type]
+            if kind != "S" or made.size > 1:
+                factors.append(made)
         axes.append(Axis(tuple(factors)))
     return Axes(tuple(axes))
 
 
-def _parted(args: tuple[Any, ...], layout: str | Sequence[str | None] | None) -> tuple[list[Any], pytree.TreeSpec, list[str | None]]:
+def _parted(
+    args: tuple[Any, ...], layout: str | Sequence[str | None] | None
+) -> tuple[list[Any], pytree.TreeSpec, list[str | None]]:
     """The units of an example: its tensors, or whole lists where the layout says that time is the list."""
     queue = None if layout is None or isinstance(layout, str) else list(layout)
     values: list[Any] = []
@@ -351,7 +380,12 @@ def _parted(args: tuple[Any, ...], layout: str | Sequence[str | None] | None) ->
 
     def visit(node: Any) -> None:
         text = layout if queue is None else queue[0] if queue else None
-        frames = isinstance(node, (list, tuple)) and node is not args and bool(node) and all(isinstance(leaf, Tensor) for leaf in node)
+        frames = (
+            isinstance(node, (list, tuple))
+            and node is not args
+            and bool(node)
+            and all(isinstance(leaf, Tensor) for leaf in node)
+        )
         children, spec = pytree.tree_flatten(node, is_leaf=lambda child: child is not node)
         if (frames and isinstance(text, str) and _is_listed(text)) or spec.is_leaf():
             values.append(node)
@@ -364,7 +398,9 @@ def _parted(args: tuple[Any, ...], layout: str | Sequence[str | None] | None) ->
 
     visit(args)
     if queue is not None and (queue or len(layout or ()) != len(values)):
-        raise PlanError(f"{len(layout or ())} layouts were given for {len(values)} inputs; give one each, None for an input without time")
+        raise PlanError(
+            f"{len(layout or ())} layouts were given for {len(values)} inputs; give one each, None for an input without time"
+        )
     units = {id(value) for value in values}
     return values, pytree.tree_flatten(args, is_leaf=lambda node: id(node) in units)[1], layouts
 
@@ -378,7 +414,9 @@ def _laid_out(value: Any, text: str | None) -> Input:
         if text is None or value.dim() == 0:
             return _timed(value, None)
         if _is_listed(text):
-            raise PlanError(f"layout {text!r} has time first, which stands for a list of frames; a tensor has its batch first")
+            raise PlanError(
+                f"layout {text!r} has time first, which stands for a list of frames; a tensor has its batch first"
+            )
         return Input(parse(text, value.shape), value.dtype, value.device)
     shapes = {tuple(frame.shape) for frame in value}
     if len(shapes) > 1:
@@ -408,7 +446,9 @@ def _rated(units: list[Input | None], rates: Sequence[int] | None) -> list[Input
     longest = max(unit.count for unit in timed)
     if rates is not None:
         if len(rates) != len(timed) or any(rate < 1 for rate in rates) or 1 not in rates:
-            raise PlanError(f"rates={tuple(rates)} must be {len(timed)} whole numbers, one for each clip, 1 for the fastest: rates=(4, 1)")
+            raise PlanError(
+                f"rates={tuple(rates)} must be {len(timed)} whole numbers, one for each clip, 1 for the fastest: rates=(4, 1)"
+            )
         found = list(rates)
     else:
         found = [max(1, round(longest / unit.count)) for unit in timed]
@@ -424,7 +464,9 @@ def _rated(units: list[Input | None], rates: Sequence[int] | None) -> list[Input
 
 def _grouped(units: list[Input | None]) -> list[Input | None]:
     """Pathways of one video, whose frames look alike at rates that all differ, share one frame of a step."""
-    keys = [None if unit is None else (unit.frame, unit.dtype) if unit.timed else index for index, unit in enumerate(units)]
+    keys = [
+        None if unit is None else (unit.frame, unit.dtype) if unit.timed else index for index, unit in enumerate(units)
+    ]
     groups: dict[Any, int] = {}
     done: list[Input | None] = []
     for index, (unit, key) in enumerate(zip(units, keys, strict=True)):

@@ -1,7 +1,8 @@
 """The axis ledger: which dimension of a tensor carries the batch, and which carries time.
 
 Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, a window ``K`` of the
-last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
+last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``, ``flatten``,
+``permute`` and ``squeeze`` only move factors, so time is found again
 after it was merged into the batch (``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
 
 A *frame tensor* is the same value without its ``N`` and ``T`` factors and with one leading
@@ -11,13 +12,15 @@ a reshape of the clip is a reshape of the frame tensor, because no factor ever o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import gcd, prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dissect.timing import Window
 
 __all__ = ["Axes", "Axis", "Factor", "LedgerError", "broadcast", "join", "plain", "reshape", "split"]
 
@@ -35,7 +38,7 @@ class Factor:
 
     kind: Literal["N", "T", "K", "S"]
     size: int
-    window: Any = None
+    window: Window | None = None
 
     @property
     def inner(self) -> bool:
@@ -103,6 +106,11 @@ class Axes:
         return next((dim for dim, axis in enumerate(self.dims) if "T" in axis.kinds), None)
 
     @property
+    def rows(self) -> int | None:
+        """The dimension that carries the batch, alone or merged."""
+        return next((dim for dim, axis in enumerate(self.dims) if "N" in axis.kinds), None)
+
+    @property
     def frame(self) -> tuple[int, ...]:
         """The shape of a frame tensor, without its leading dimension."""
         return tuple(axis.space for axis in self.dims if not axis.dropped)
@@ -112,6 +120,17 @@ class Axes:
         if self.dims[dim].dropped:
             return None
         return sum(1 for axis in self.dims[:dim] if not axis.dropped)
+
+    @property
+    def window(self) -> int | None:
+        """The dimension that carries a window of positions, alone or merged; None where there is none."""
+        return next((dim for dim, axis in enumerate(self.dims) if "K" in axis.kinds), None)
+
+    def windowed(self, change: Callable[[Window], Window]) -> Axes:
+        """The same ledger with every window changed."""
+        if self.window is None:
+            return self
+        return Axes(tuple(Axis(tuple(_changed(factor, change) for factor in axis.factors)) for axis in self.dims))
 
     def replace(self, dim: int, axis: Axis) -> Axes:
         return Axes((*self.dims[:dim], axis, *self.dims[dim + 1 :]))
@@ -129,6 +148,10 @@ class Axes:
             else:
                 raise LedgerError(f"the operator resizes a dimension of {axis.kinds} from {axis.size} to {size}")
         return Axes(tuple(dims))
+
+
+def _changed(factor: Factor, change: Callable[[Window], Window]) -> Factor:
+    return factor if factor.window is None else replace(factor, window=change(factor.window))
 
 
 def plain_axis(size: int) -> Axis:
@@ -220,7 +243,11 @@ def join(x: Tensor, axes: Axes, frames: int) -> Tensor:
     if x.numel() and prod(space) != prod(x.shape[1:]):  # other frame sizes than the example's
         if any(len(axis.factors) > 1 for axis in axes.dims):
             raise ValueError("a merged axis keeps the example's frame size")
-        space = [x.shape[1 + kept] for dim, axis in enumerate(axes.dims) if axis.factors and (kept := axes.kept(dim)) is not None]
+        space = [
+            x.shape[1 + kept]
+            for dim, axis in enumerate(axes.dims)
+            if axis.factors and (kept := axes.kept(dim)) is not None
+        ]
     full = x.reshape(-1, frames, *space)
     order: list[int] = []
     shape: list[int] = []
@@ -247,7 +274,7 @@ def join(x: Tensor, axes: Axes, frames: int) -> Tensor:
 def split_frames(x: Tensor, axes: Axes) -> list[Tensor]:
     """The inverse of :func:`join`: an output of the clip form as frame tensors ``(N, ...)``, one a frame."""
     if axes.time is None:
-        return list(x.unbind(min(2, len(axes))))
+        return [rows_first(frame, axes) for frame in x.unbind(min(2, len(axes)))]
     sizes: list[int] = []
     order: dict[str, int] = {}
     rest: list[int] = []
@@ -267,7 +294,18 @@ def split_frames(x: Tensor, axes: Axes) -> list[Tensor]:
             rest.append(len(sizes))
             sizes.append(length)
     full = x.reshape(sizes).permute(order["T"], order["N"], *rest)
-    return [frame.reshape(frame.shape[0], *axes.frame) if frame.shape[1:].numel() == _numel(axes.frame) else frame for frame in full]
+    return [
+        frame.reshape(frame.shape[0], *axes.frame) if frame.shape[1:].numel() == _numel(axes.frame) else frame
+        for frame in full
+    ]
+
+
+def rows_first(x: Tensor, axes: Axes) -> Tensor:
+    """An output without a time axis as a frame tensor: the batch, which may be anywhere, comes first."""
+    rows = axes.rows
+    if not rows or axes[rows].space > 1:
+        return x
+    return x.movedim(rows, 0).reshape(x.shape[rows], *axes.frame)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -33,10 +33,9 @@ class LoweredConv(nn.Module):
         self.conv = conv
         self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
         taps = conv.taps(conv.weight.detach())
-        if isinstance(conv, TemporalConv):
-            kernels = [conv.stacked(taps)] if conv.groups == 1 else list(taps)
-        else:
-            kernels = [taps[0]]
+        kernels = (
+            ([conv.stacked(taps)] if conv.groups == 1 else list(taps)) if isinstance(conv, TemporalConv) else [taps[0]]
+        )
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         conv.register_parameter("weight", None)
@@ -122,7 +121,7 @@ def fold(module: fx.GraphModule) -> None:
                 before.scale(factor, shift)
                 node.replace_all_uses_with(source)
                 module.graph.erase_node(node)
-            elif isinstance(source, fx.Node) and len(source.users) == 1 and isinstance(before, nn.Linear):
+            elif _scores(source) and isinstance(before, nn.Linear):
                 before.weight = nn.Parameter(before.weight * factor[:, None], requires_grad=False)
                 bias = shift if before.bias is None else before.bias * factor + shift
                 before.bias = nn.Parameter(bias, requires_grad=False)
@@ -130,6 +129,11 @@ def fold(module: fx.GraphModule) -> None:
                 module.graph.erase_node(node)
             else:
                 _replace(module, target, Affine(factor, shift))
+
+
+def _scores(source: Any) -> bool:
+    """A value of features alone, with one reader: a linear layer's features are then a batch norm's channels."""
+    return isinstance(source, fx.Node) and len(source.users) == 1 and len(source.meta.get("frame", ())) == 1
 
 
 def affine_of(norm: nn.modules.batchnorm._NormBase) -> tuple[Tensor, Tensor]:

@@ -10,40 +10,55 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from dissect.holding import Hold
-from dissect.ledger import Axes, Axis
+from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
 if TYPE_CHECKING:
     from dissect.rewrite import Context, Value
 
-__all__ = ["ended", "ends_met", "until"]
+__all__ = ["ended", "ends_met", "spread", "until"]
 
 
 def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
     """The operands, where a single position meets many as one value of the clip, and where all are values of the clip, at one end."""
+    values = [spread(ctx, value) if value.clock.still else value for value in values]
     sizes = [positions(value.axes) for value in values]
     if 1 in sizes and any(size is not None and size > 1 for size in sizes):
-        values = [ended(ctx, value) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
+        since = min(
+            value.clock.delay for value, size in zip(values, sizes, strict=True) if size is not None and size > 1
+        )
+        values = [ended(ctx, value, since) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
     if any(value.time is not None or value.clock.running for value in values):
         return list(values)
     clocks = [value.clock for value in values]
     if ctx.exact:
         lates = [lateness(clock, ctx.frames) for clock in clocks]
-        if all(late == [at + clock.delay - clocks[0].delay for at in lates[0]] for late, clock in zip(lates, clocks, strict=True)):
+        if all(
+            late == [at + clock.delay - clocks[0].delay for at in lates[0]]
+            for late, clock in zip(lates, clocks, strict=True)
+        ):
             return list(values)
     elif len({clock.stride for clock in clocks}) == 1:
         return list(values)
     ends = [max(late) if late else 0 for late in lates] if ctx.exact else [0] * len(values)
-    start = max(next(length for length in range(1, 4 * ctx.frames + 64) if clock.length(length) > 0) for clock in clocks)
+    start = max(
+        next(length for length in range(1, 4 * ctx.frames + 64) if clock.length(length) > 0) for clock in clocks
+    )
     last = max(ends)
     held = []
     for value, end in zip(values, ends, strict=True):
         value = ctx.delay(ctx.settled(value), last - end) if ctx.exact else value
         if value.clock.stride > 1 or ctx.exact:
             value = hold(ctx, value, ctx.inside(value.clock, phase=value.clock.stride > 1))
-        timing = value.clock.but(stride=1, delay=last + start - 1, length=Length().then(-start)) if ctx.exact else value.clock.but(stride=1)
+        timing = (
+            value.clock.but(stride=1, delay=last + start - 1, length=Length().then(-start))
+            if ctx.exact
+            else value.clock.but(stride=1)
+        )
         held.append(replace(value, timing=timing))
     ctx.row("held until all have ended", exact=ctx.exact, reason="" if ctx.exact else "each at its newest position")
     return held
@@ -75,9 +90,14 @@ def one_less(mask: object) -> object:
     return 1 - mask  # type: ignore[operator]
 
 
-def ended(ctx: Context, value: Value) -> Value:
-    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest."""
-    axes = Axes(tuple(Axis(tuple(f for f in axis.factors if f.kind != "T")) if "T" in axis.kinds else axis for axis in value.axes.dims))
+def ended(ctx: Context, value: Value, since: int | None = None) -> Value:
+    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest, ``since`` a time."""
+    axes = Axes(
+        tuple(
+            Axis(tuple(f for f in axis.factors if f.kind != "T")) if "T" in axis.kinds else axis
+            for axis in value.axes.dims
+        )
+    )
     value = ctx.settled(value)
     clock = value.clock
     if ctx.exact and clock.wait:
@@ -86,4 +106,31 @@ def ended(ctx: Context, value: Value) -> Value:
         return ctx.reframe(replace(held, timing=held.clock.but(wait=0)), axes)
     mark = frozenset({len(ctx.rows)})
     ctx.row("the newest position", exact=ctx.exact, reason="" if ctx.exact else "one for every frame")
-    return ctx.reframe(replace(value, timing=clock.plain().but(wait=0, pooled=clock.pooled | mark)), axes)
+    early = 0 if since is None or not ctx.exact else max(0, clock.delay - max(since, 0)) // clock.stride
+    timing = clock.plain().but(
+        wait=0,
+        pooled=clock.pooled | mark,
+        delay=clock.delay - early * clock.stride,
+        length=clock.length.then(early - 1),
+    )
+    return ctx.reframe(replace(value, timing=timing), axes)
+
+
+def spread(ctx: Context, value: Value) -> Value:
+    """A position that was repeated over time, for those who see its repetitions."""
+    dim, count = value.axes.time, positions(value.axes)
+    assert dim is not None
+    assert count is not None
+    single = replace(value, axes=value.axes.replace(dim, Axis((Factor("T", 1),))), timing=value.clock.but(still=False))
+    held = ended(ctx, single)
+    if count == ctx.frames:
+        axes = value.axes.replace(dim, Axis((Factor("T", count),)))
+        whole = ctx.reframe(replace(held, timing=held.clock.but(length=Length())), axes)
+        ctx.broadcast_back([held, whole])
+        return whole
+    wide = held.axes.replace(dim, plain_axis(count))
+    at = held.axes.kept(dim)
+    assert at is not None
+    sizes = [-1] * (len(held.axes.frame) + 1)
+    sizes[at + 1] = count
+    return ctx.call(torch.Tensor.expand, (held, tuple(sizes)), wide, held.clock, held.dtype)

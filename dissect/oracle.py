@@ -68,6 +68,9 @@ class _Edges(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
             return super().run_node(n)
+        main = self.main(n)
+        if main is not None:
+            return self.env[main]
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
         if value is None or value.time is None or not value.axes[value.time].is_time:
@@ -89,8 +92,36 @@ class _Edges(fx.Interpreter):
             return self.transposed(_TRANSPOSED[packet], value.time, *args, **kwargs)
         if packet is aten.slice and (args[1] if len(args) > 1 else 0) % args[0].dim() == value.time:
             step = args[4] if len(args) > 4 else 1
-            return aten.slice(args[0], value.time, None, None, step)
+            return aten.slice(self.cut(args[0], value, self.trace.get(n.name)), value.time, None, None, step)
         return super().run_node(n)
+
+    def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
+        """The positions of a slice, before its step: moved edges leave them all."""
+        return x
+
+    def main(self, n: fx.Node) -> fx.Node | None:
+        """Of tensors that are put together along time, the one that goes on with the stream: the others are edges."""
+        if n.target is aten.cat.default:
+            parts, dim = list(n.args[0]), n.args[1] if len(n.args) > 1 else 0  # type: ignore[arg-type]
+        elif n.target in (aten.slice_scatter.default, aten.select_scatter.default):
+            parts, dim = [n.args[0], n.args[1]], n.args[2] if len(n.args) > 2 else 0
+        else:
+            return None
+        out = self.trace.get(n.name)
+        if out is None or out.constant or not out.axes[int(dim) % len(out.shape)].is_time:  # type: ignore[arg-type]
+            return None
+        found: list[Any] = []
+        for part in parts:
+            value = self.trace.get(part.name)
+            if (
+                value is not None
+                and not value.constant
+                and not value.clock.still
+                and len(value.shape) == len(out.shape)
+            ):
+                axis = value.axes[dim]  # type: ignore[index]
+                found += [(axis.size, len(found), part)] if axis.is_time else []
+        return max(found)[2] if found else None
 
     def ends(self, n: fx.Node, value: Value) -> bool:
         """The operator leaves one position of several."""
@@ -250,6 +281,14 @@ class Shifted(_Edges):
             ):
                 raise Unshiftable("it normalises every frame by the whole clip")
         return super().run_node(n)
+
+    def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
+        """A crop of the clip's end shows what was there before."""
+        late = 0 if out is None or out.constant else (out.clock.wait - value.clock.wait) // value.clock.stride
+        if late <= 0 or value.time is None:
+            return x
+        count = x.shape[value.time]
+        return F.pad(x, [0, 0] * (x.dim() - 1 - value.time) + [late, 0]).narrow(value.time, 0, count)
 
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
         if reach < 0:  # a padding of its own: the next kernel brings its own

@@ -67,7 +67,7 @@ def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) 
     offline.run(*pytree.tree_leaves(own))
     recorder = _Recorder(stream.chunk.__dict__["run"])
     chunk = stream.chunk
-    stream.chunk = lambda *args: _with(recorder, chunk, args)  # type: ignore[assignment,method-assign]
+    stream.chunk = lambda *args: _with(recorder, chunk, args)  # type: ignore[assignment]
     try:
         stream.offline(*inputs)
     finally:

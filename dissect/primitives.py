@@ -285,7 +285,9 @@ class WindowReduce(Primitive):
             total = values[0]
             for value in values[1:]:
                 total = join(total, value)
-            if masks:  # a window with nothing in it is no position; it must stay finite, for what a gate multiplies by zero
+            if (
+                masks
+            ):  # a window with nothing in it is no position; it must stay finite, for what a gate multiplies by zero
                 counted = masks[0]
                 for mask in masks[1:]:
                     counted = torch.maximum(counted, mask)
@@ -334,13 +336,19 @@ class CumulativeMean(Primitive):
         return (CacheSpec(self.frame), CacheSpec((1,)))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, caches: tuple[Tensor, Tensor] | None = None, frames: int | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        caches: tuple[Tensor, Tensor] | None = None,
+        frames: int | None = None,
     ) -> Any:
         chunk = frames or 1
         batch = x.shape[0] // chunk
         mean, count = caches if caches is not None else (x.new_zeros((batch, *x.shape[1:])), x.new_zeros((batch, 1)))
         steps = x.reshape(batch, chunk, *x.shape[1:]).unbind(1) if frames else (x,)
-        due = (torch.ones_like(x[:, :1].reshape(x.shape[0], -1)[:, 0]) if mask is None else mask.to(x.dtype)).reshape(batch, chunk)
+        due = (torch.ones_like(x[:, :1].reshape(x.shape[0], -1)[:, 0]) if mask is None else mask.to(x.dtype)).reshape(
+            batch, chunk
+        )
         means = []
         for index, step in enumerate(steps):
             weight = due[:, index : index + 1]

@@ -32,7 +32,9 @@ def gru(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None,
     return (new + update * (h - new),)
 
 
-def lstm(x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None, w_hr: Any = None) -> States:
+def lstm(
+    x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None, w_hr: Any = None
+) -> States:
     """The LSTM cell, with the projection of its output where there is one."""
     h, c = states
     enter, forget, cell, leave = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
@@ -192,7 +194,9 @@ class Recurrence(Recurrent):
         outputs: list[Tensor] = []
         new: list[Tensor] = []
         for level, weights in enumerate(self.weights(held)):
-            before = [cache.flatten(0, -2).unsqueeze(0) for cache in caches[level * kind.states : (level + 1) * kind.states]]
+            before = [
+                cache.flatten(0, -2).unsqueeze(0) for cache in caches[level * kind.states : (level + 1) * kind.states]
+            ]
             flat = [weight for weight in weights if weight is not None]
             given = before if kind.states > 1 else before[0]
             x, *after = kind.fused(x, given, flat, self.biases, 1, 0.0, self.training, False, False)
@@ -214,7 +218,9 @@ class Recurrence(Recurrent):
 class FrameRecurrence(nn.Module):
     """A recurrent layer over tokens of one frame: ``(rows, *rest, L, features)`` to its output and last hidden values."""
 
-    def __init__(self, kind: str, levels: int, biases: bool, dropout: float, both: bool, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, kind: str, levels: int, biases: bool, dropout: float, both: bool, weights: Mapping[str, Tensor]
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.levels = levels
@@ -232,7 +238,9 @@ class FrameRecurrence(nn.Module):
         kernel = KINDS[self.kind].fused
         flat = list(held) or [getattr(self, name) for name in self.names]
         states = given if len(given) > 1 else given[0]
-        y, *last = kernel(x.flatten(0, -3), states, flat, self.biases, self.levels, self.dropout, self.training, self.both, True)
+        y, *last = kernel(
+            x.flatten(0, -3), states, flat, self.biases, self.levels, self.dropout, self.training, self.both, True
+        )
         return y.reshape(*rest, *y.shape[-2:]), *(h.reshape(h.shape[0], *rest, h.shape[-1]).movedim(0, 1) for h in last)
 
     def extra_repr(self) -> str:

@@ -26,12 +26,13 @@ from typing import Any, TypeVar
 
 from dissect.errors import DissectError
 
-__all__ = ["converter", "find", "load_rules", "pointwise", "registered"]
+__all__ = ["converter", "find", "find_windowed", "load_rules", "pointwise", "registered", "windowed"]
 
 Converter = Callable[..., Any]
 Function = TypeVar("Function", bound=Converter)
 
 _CONVERTERS: dict[Any, Converter] = {}
+_WINDOWED: dict[Any, Converter] = {}
 _PATIENT: set[Any] = set()
 
 
@@ -59,6 +60,25 @@ def patient(*ops: Any) -> None:
 def is_patient(op: Any) -> bool:
     """Whether an operator's converter takes values whose positions are not certain yet."""
     return op in _PATIENT
+
+
+def windowed(*ops: Any) -> Callable[[Function], Function]:
+    """Register how ``ops`` treat an operand with a window axis: called with the context, their converter, and their arguments.
+
+    An operator without such a rule sees the newest entry of the window alone.
+    """
+
+    def register(function: Function) -> Function:
+        _WINDOWED.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def find_windowed(op: Any) -> Converter | None:
+    """The rule of an operator for a window axis, or None."""
+    _load_shipped()
+    return _WINDOWED.get(op)
 
 
 def pointwise(*ops: Any) -> None:

@@ -24,13 +24,14 @@ from dissect.capturing import Captured
 from dissect.errors import DissectError, Refusal
 from dissect.holding import FirstHistory
 from dissect.inputs import Inputs
-from dissect.ledger import Axes, Axis, Factor, LedgerError
+from dissect.ledger import Axes, Axis, LedgerError
+from dissect.meeting import ends_met, spread
 from dissect.plan import Branches, Options, Row
 from dissect.primitives import Clock, CumulativeMean, Gate, History, Primitive, Query, Tap, WindowReduce
 from dissect.registry import find, is_patient
 from dissect.timing import Timing, joined
-from dissect.meeting import ends_met
 from dissect.unrolling import Loop, loops, rolled, unlisted
+from dissect.windows import apply, outward
 
 __all__ = ["Context", "Dissected", "Refused", "Value", "rewrite"]
 
@@ -73,12 +74,16 @@ class Value:
 
 
 class Refused(Exception):
-    """Raised by a converter: this operator has no streaming form."""
+    """Raised by a converter: this operator has no streaming form.
 
-    def __init__(self, reason: str, fix: str = "") -> None:
+    ``clipwise``: it has one over a window of all positions, for it tells one position of the clip from another.
+    """
+
+    def __init__(self, reason: str, fix: str = "", clipwise: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.fix = fix
+        self.clipwise = clipwise
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Dissected:
     captured: Captured
     trace: Mapping[str, Value]
     grain: int = 1
+    doubted: frozenset[str] = frozenset()
 
     @property
     def time_dims(self) -> tuple[int | None, ...]:
@@ -134,12 +140,18 @@ class Context:
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
         self.element_size = 4
-        self.grain = 1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
+        self.grain = (
+            1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
+        )
         self.readers = {
             captured.tensors[node.name][0]: len(node.users)
             for node in captured.graph.nodes
             if node.op == "placeholder" and node.name in captured.tensors
         }
+        self.whole: frozenset[str] = (
+            frozenset()
+        )  # products across time of which every position is wanted, not the newest alone
+        self.matrices: dict[int, str] = {}
         self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -182,18 +194,44 @@ class Context:
     def arg(self, value: Any) -> Any:
         return map_aggregate(value, lambda leaf: leaf.node if isinstance(leaf, Value) else leaf)
 
-    def call(self, target: Callable[..., Any], args: Sequence[Any], axes: Axes, timing: Timing | None, dtype: torch.dtype, **kwargs: Any) -> Value:
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        axes: Axes,
+        timing: Timing | None,
+        dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> Value:
         """Emit one frame-wise operator."""
         node = self.graph.call_function(target, self.arg(tuple(args)), self.arg(kwargs))
         return Value(node, axes, timing, dtype)
 
-    def module(self, path: str, module: nn.Module, args: Sequence[Any], axes: Axes, timing: Timing, dtype: torch.dtype, **kwargs: Any) -> Value:
+    def module(
+        self,
+        path: str,
+        module: nn.Module,
+        args: Sequence[Any],
+        axes: Axes,
+        timing: Timing,
+        dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> Value:
         """Emit a call of ``module``, installed at ``path``."""
         node = self.graph.call_module(self.install(path, module), self.arg(tuple(args)), self.arg(kwargs))
-        node.meta["path"] = self.path
+        node.meta["path"], node.meta["frame"] = self.path, axes.frame
         return Value(node, axes, timing, dtype)
 
-    def primitive(self, name: str, module: Primitive, args: Sequence[Any], axes: Axes, timing: Timing, dtype: torch.dtype, **kwargs: Any) -> Value:
+    def primitive(
+        self,
+        name: str,
+        module: Primitive,
+        args: Sequence[Any],
+        axes: Axes,
+        timing: Timing,
+        dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> Value:
         """Emit a primitive without parameters; it is installed under ``temporal``, named after the layer."""
         return self.module(self.free(name), module, args, axes, timing, dtype, **kwargs)
 
@@ -205,7 +243,9 @@ class Context:
             path = f"{stem}_{count}"
         return path
 
-    def layer(self, kind: Callable[..., nn.Module], weights: Mapping[str, Value | None]) -> tuple[str, nn.Module] | None:
+    def layer(
+        self, kind: Callable[..., nn.Module], weights: Mapping[str, Value | None]
+    ) -> tuple[str, nn.Module] | None:
         """The module for a layer whose tensors are all its own: its original path and ``kind(**tensors)``.
 
         None where the tensors are computed, shared with an earlier use, or named otherwise; they are then passed as arguments.
@@ -285,7 +325,12 @@ class Context:
         shape = torch.broadcast_shapes(*[value.shape for value in values])
         if len(shape) > len(out):
             out = Axes((*(Axis() for _ in range(len(shape) - len(out))), *out.dims))
-        out = Axes(tuple(axis if axis.size == size else ledger.plain_axis(size) for axis, size in zip(out.dims, shape, strict=True)))
+        out = Axes(
+            tuple(
+                axis if axis.size == size else ledger.plain_axis(size)
+                for axis, size in zip(out.dims, shape, strict=True)
+            )
+        )
         operands = []
         for value in values:
             if value.constant:
@@ -312,14 +357,15 @@ class Context:
                     shape.append(1)
                 continue
             at = dim - pad
-            if not axis.plain and tensor.shape[at] > 1:
+            if not set(axis.kinds) <= {"S", "K"} and tensor.shape[at] > 1:
                 if axis.space > 1:
                     raise Refused("a constant over an axis that merges time with space")
                 if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
                     raise Refused(
                         "a constant that differs from frame to frame of the clip (a position in the clip has no meaning in a stream)"
                         if "T" in axis.kinds
-                        else "a constant that differs from row to row of the batch"
+                        else "a constant that differs from row to row of the batch",
+                        clipwise="T" in axis.kinds,
                     )
                 node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
                 tensor = tensor.narrow(at, 0, 1)
@@ -338,6 +384,8 @@ class Context:
         moving = [value for value in values if not value.constant]
         if len(moving) > 1:
             moving = ends_met(self, moving)
+        if not self.exact:
+            moving = [self.sure(value) for value in moving]
         carrying = [value for value in moving if value.time is not None or value.clock.running]
         self.broadcast_back(moving)
         strides = {value.clock.stride for value in carrying}
@@ -353,23 +401,31 @@ class Context:
         done = iter([self.delay(value, latest - value.clock.delay) for value in ready])
         out = [value if value.constant else next(done) for value in values]
         clocks = [value.clock for value in out if not value.constant]
-        leading = [value.clock for value in out if not value.constant and (value.time is not None or value.clock.running)]
+        leading = [
+            value.clock for value in out if not value.constant and (value.time is not None or value.clock.running)
+        ]
         return out, clocks[0] if len(clocks) == 1 else joined(leading[:1] + clocks)
 
     def sure(self, value: Any) -> Any:
         """The value once its positions are certain: delayed by what it must still wait, its front filled."""
         if not isinstance(value, Value) or value.constant:
             return value
-        if value.clock.first:
-            value = self.delay(value, -value.clock.delay)
-        return self.delay(value, value.clock.wait)
+        clock = value.clock
+        if clock.still:
+            return spread(self, value)
+        if clock.first:
+            value = self.delay(value, -clock.delay)
+        late = self.delay(value, clock.wait)
+        return late if self.exact else replace(late, timing=late.clock.but(delay=clock.delay, wait=0))
 
     def broadcast_back(self, values: Sequence[Value]) -> None:
         """Note a value of the whole clip that meets single frames: offline, they see the clip's future through it."""
         frames = [value.time is not None or value.clock.running for value in values]
         if not any(frames):
             return
-        for index in frozenset().union(*(value.clock.pooled for value, moves in zip(values, frames, strict=True) if not moves)):
+        for index in frozenset().union(
+            *(value.clock.pooled for value, moves in zip(values, frames, strict=True) if not moves)
+        ):
             row = self.rows[index]
             reason = "window of the past, broadcast back onto every frame"
             if self.exact:
@@ -381,24 +437,19 @@ class Context:
         return self.delay(value, -value.clock.delay) if value.clock.delay < 0 else value
 
     def confirmed(self, value: Any) -> Any:
-        """A value whose positions come no earlier than it is certain that the clip has them.
+        """The value with what it must wait until it is certain that the clip has its positions (see :meth:`sure`).
 
         A crop of the clip's end, or a stride that drops a rest, takes away positions whose frames have been seen.
         """
         if not self.exact or not isinstance(value, Value) or value.constant:
             return value
-        clock, late = value.clock, 0
-        for frames in range(1, 2 * self.frames + 2):
-            first, count = max(clock.length(frames - 1), 0), clock.length(frames)
-            if count > first:
-                late = max(late, frames - 1 - clock.delay - clock.stride * first)
-        return self.delay(value, late)
+        return replace(value, timing=value.clock.certain(self.frames))
 
     def mixes(self, value: Value) -> None:
         """Note that something reads the past positions of ``value``: rows that are exact at the newest alone lose that."""
-        if value.time is not None:
-            for index in value.clock.newest:
-                self.rows[index] = replace(self.rows[index], verdict="approximate", reason="window of the past, where the offline network sees the whole clip")
+        reason = "window of the past, where each frame of the offline network sees the whole clip"
+        for index in value.clock.newest:
+            self.rows[index] = replace(self.rows[index], verdict="approximate", reason=reason, future=True)
 
     def history(self, value: Value, depth: int) -> fx.Node:
         """The last ``depth`` values of ``value`` and the present one, for primitives that read the past."""
@@ -426,7 +477,8 @@ class Context:
         history = self._history(source, frames)
         clock = value.clock
         timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
-        return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), value.axes, timing, value.dtype)
+        axes = value.axes.windowed(lambda window: replace(window, lag=window.lag + frames))
+        return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), axes, timing, value.dtype)
 
     def ask(self, query: Query) -> fx.Node:
         """The clock's answer to a question, ``(rows,)``."""
@@ -441,7 +493,9 @@ class Context:
             self._masks[index] = self.graph.call_function(operator.getitem, (self.clock[1], index))
         return self._masks[index]
 
-    def inside(self, timing: Timing, shift: int = 0, positions: int = 1, phase: bool = False, widen: tuple[int, int] = (0, 0)) -> fx.Node:
+    def inside(
+        self, timing: Timing, shift: int = 0, positions: int = 1, phase: bool = False, widen: tuple[int, int] = (0, 0)
+    ) -> fx.Node:
         """How many of the last ``positions`` positions, seen from ``shift`` frames ago, are the value's own (1 or 0, for one)."""
         length = timing.length.then(widen[0] + widen[1] - 1) if self.exact else None
         delay = timing.delay - widen[0] * timing.stride
@@ -462,7 +516,9 @@ class Context:
             self._gates[key] = self.primitive("gate", Gate(fill), (value, mask), value.axes, timing, value.dtype)
         return replace(self._gates[key], axes=value.axes)
 
-    def pool_time(self, value: Value, kind: str, axes: Axes, *, op: str = "", count: int | None = None, scale: float = 1.0) -> Value:
+    def pool_time(
+        self, value: Value, kind: str, axes: Axes, *, op: str = "", count: int | None = None, scale: float = 1.0
+    ) -> Value:
         """A mean, sum, max or min over all of time becomes one over a window, or cumulative, or none.
 
         ``value`` is already reduced inside the frame; ``axes`` is the ledger of the result.
@@ -521,7 +577,9 @@ class Context:
             extra = {} if whole else {"count": seen}
             reduce = WindowReduce("sum" if whole else "mean", ages)
         history = self.history(value, ages[0])
-        out = self.primitive("pool", reduce, (history,), axes, timing.but(old=clock.old + ages[0]), value.dtype, **extra)
+        out = self.primitive(
+            "pool", reduce, (history,), axes, timing.but(old=clock.old + ages[0]), value.dtype, **extra
+        )
         self.row(
             f"{note}, {kind}",
             exact=exact,
@@ -599,12 +657,15 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
             active[node] = reads
             shape = getattr(node.meta.get("val"), "shape", None)
             wide = [arg for arg in reads if getattr(arg.meta.get("val"), "shape", None) is not None]
-            if len(wide) > 1 and node.target in (aten.add.Tensor, aten.cat.default):
-                if node.target is aten.cat.default or all(arg.meta["val"].shape == shape for arg in wide):
-                    merges.append(node)
+            sums = node.target is aten.add.Tensor and all(arg.meta["val"].shape == shape for arg in wide)
+            if len(wide) > 1 and (sums or node.target is aten.cat.default):
+                merges.append(node)
             before = getattr(wide[0].meta["val"], "shape", ()) if wide else ()
-            if shape is not None and len(shape) == len(before) and len(shape) > 3 and any(
-                after < size for after, size in zip(shape[2:], before[2:], strict=True)
+            if (
+                shape is not None
+                and len(shape) == len(before)
+                and len(shape) > 3
+                and any(after < size for after, size in zip(shape[2:], before[2:], strict=True))
             ):
                 strided.append(node)
     return active, merges, strided
@@ -619,7 +680,13 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
         if not over_time:
             break
         work = rolled(work, over_time)
-    return replace(_walk(work, options, inputs), captured=captured)
+    done = _walk(work, options, inputs)
+    if (
+        done.doubted and not done.refusals
+    ):  # more than the newest position's attention is read: perhaps that of a whole window will do
+        again = _walk(work, options, inputs, done.doubted)
+        done = again if not again.refusals and all(row.verdict == "exact" for row in again.rows) else done
+    return replace(done, captured=captured)
 
 
 def _over_time(loop: Loop, trace: Mapping[str, Value]) -> bool:
@@ -631,9 +698,10 @@ def _over_time(loop: Loop, trace: Mapping[str, Value]) -> bool:
     )
 
 
-def _walk(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
-    """One walk over the graph."""
+def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset[str] = frozenset()) -> Dissected:
+    """One walk over the graph; ``whole`` names products across time that every position of a window asks."""
     ctx = Context(captured, options)
+    ctx.whole = whole
     active, merges, strided = _merges(captured)
     ctx.branches = Branches(active, merges, strided)
     values: dict[fx.Node, Any] = {}
@@ -659,7 +727,9 @@ def _walk(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
         if node.op == "placeholder":
             if node.name in captured.tensors:
                 name, tensor = captured.tensors[node.name]
-                values[node] = Value(ctx.get(name, tensor), ledger.plain(tensor.shape), None, tensor.dtype, tensor, name)
+                values[node] = Value(
+                    ctx.get(name, tensor), ledger.plain(tensor.shape), None, tensor.dtype, tensor, name
+                )
             continue
         if node.op == "output":
             flat = node.args[0]
@@ -687,12 +757,17 @@ def _walk(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
         captured,
         trace,
         ctx.grain,
+        frozenset(
+            name for row, name in ctx.matrices.items() if ctx.exact and row < len(ctx.rows) and ctx.rows[row].future
+        ),
     )
 
 
 def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if node.op == "get_attr" or node.op == "call_module":
-        raise Refused("control flow that depends on data (a sub-graph) has no step form", "take the branch out of the forward")
+        raise Refused(
+            "control flow that depends on data (a sub-graph) has no step form", "take the branch out of the forward"
+        )
     leaves: list[Any] = []
     map_aggregate((args, kwargs), leaves.append)
     if any(leaf is POISON for leaf in leaves):
@@ -712,12 +787,14 @@ def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any
         )
     if not is_patient(node.target):
         args, kwargs = map_aggregate((args, kwargs), ctx.sure)
-    return found(ctx, *args, **kwargs)
+    return apply(ctx, found, args, kwargs)
 
 
 def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """An operator on constants alone: evaluated now, and emitted, so that training reaches the parameters behind it."""
-    tensors, tensor_kwargs = map_aggregate((args, kwargs), lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf)
+    tensors, tensor_kwargs = map_aggregate(
+        (args, kwargs), lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf
+    )
     if "device" in kwargs:
         tensor_kwargs = {**tensor_kwargs, "device": torch.device("cpu")}
     with torch.no_grad():
@@ -729,7 +806,9 @@ def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, An
         parts = []
         for index, part in enumerate(result):
             item = ctx.graph.call_function(operator.getitem, (emitted, index))
-            parts.append(Value(item, ledger.plain(part.shape), None, part.dtype, part) if isinstance(part, Tensor) else part)
+            parts.append(
+                Value(item, ledger.plain(part.shape), None, part.dtype, part) if isinstance(part, Tensor) else part
+            )
         return tuple(parts)
     return result
 
@@ -744,8 +823,12 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
     latest = max(0, *(value.clock.delay for value in moving))
     for index, output in enumerate(outputs):
         if output.value is not None and not output.value.constant:
-            value = output.value
-            late = any(clip <= value.clock.last(clip) for clip in range(1, max(ctx.frames, 64)) if value.clock.length(clip) > 0)
+            value = outward(ctx, output.value)
+            if value.time is not None and value.shape[value.time] > 1:
+                ctx.mixes(value)
+            late = any(
+                clip <= value.clock.last(clip) for clip in range(1, max(ctx.frames, 64)) if value.clock.length(clip) > 0
+            )
             if ctx.exact and late and not (ctx.clock and ctx.clock[0].flushes):
                 value = ctx.gate(value)  # no layer asks when the clip ends, but the flush must be told
             outputs[index] = Output(ctx.delay(value, latest - value.clock.delay))

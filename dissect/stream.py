@@ -48,7 +48,9 @@ class Stream:
     example          the inputs it was converted with
     """
 
-    def __init__(self, dissected: Dissected, options: Options, example: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, dissected: Dissected, options: Options, example: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.dissected = dissected
         self.options = options
         self.example = example
@@ -117,21 +119,30 @@ class Stream:
         """
         leaves = self.leaves(inputs)
         dims = self.dissected.time_dims
-        frames, batch = next((leaf.shape[dim], leaf.shape[0]) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+        frames, batch = next(
+            (leaf.shape[dim], leaf.shape[0]) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None
+        )
         out, *caches = self.chunk(*self.dissected.inputs.nested(leaves), *self.caches(batch))
         extra = self.flush_frames(frames)
         if extra:
             # As a runner does it: nobody knows when a stream will end until it has.
             roles = [cache.spec.role for cache in self.cache_list]
-            caches = [caches[roles.index("age")].clone() if role == "length" else cache for role, cache in zip(roles, caches, strict=True)]
+            caches = [
+                caches[roles.index("age")].clone() if role == "length" else cache
+                for role, cache in zip(roles, caches, strict=True)
+            ]
             silence = [
-                leaf if dim is None else leaf.new_zeros([extra if at == dim else size for at, size in enumerate(leaf.shape)])
+                leaf
+                if dim is None
+                else leaf.new_zeros([extra if at == dim else size for at, size in enumerate(leaf.shape)])
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
             rest, *_ = self.chunk(*self.dissected.inputs.nested(silence), *caches)
             pairs = zip(pytree.tree_leaves(out), pytree.tree_leaves(rest), self.dissected.outputs, strict=True)
             joined = [
-                leaf if output.value is None or output.value.constant else torch.cat([leaf, more], output_time(output.value.axes))
+                leaf
+                if output.value is None or output.value.constant
+                else torch.cat([leaf, more], output_time(output.value.axes))
                 for leaf, more, output in pairs
             ]
             out = pytree.tree_unflatten(joined, pytree.tree_structure(out))
@@ -140,7 +151,7 @@ class Stream:
     def trimmed(self, out: Any, start: int) -> Any:
         """An output of the clip form without its first ``start`` frames."""
         leaves = pytree.tree_leaves(out)
-        outputs = [output for output in self.dissected.outputs]
+        outputs = list(self.dissected.outputs)
         cut = []
         for leaf, output in zip(leaves, outputs, strict=True):
             if output.value is None or output.value.constant:
@@ -158,12 +169,13 @@ class Stream:
         return export(self, path, **options)
 
     def __repr__(self) -> str:
-        return f"Stream({self.dissected.captured.name}, preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes)"
+        facts = f"preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes"
+        return f"Stream({self.dissected.captured.name}, {facts})"
 
 
 def output_time(axes: Any) -> int:
     """The dimension that carries time in the clip form's output."""
-    return axes.time if axes.time is not None else min(2, len(axes))  # type: ignore[no-any-return]
+    return axes.time if axes.time is not None else min(2, len(axes))
 
 
 def _surgery(
@@ -185,7 +197,12 @@ def _surgery(
         model = load(model, example=args)
     inputs = Inputs.of(args, time_dim, layout, rates)
     dissected = rewrite(capture(model, args, inputs), options, inputs)
-    matched = {pattern for pattern in options.overrides for row in dissected.rows if options.of(row.path) and _fits(row.path, pattern)}
+    matched = {
+        pattern
+        for pattern in options.overrides
+        for row in dissected.rows
+        if options.of(row.path) and _fits(row.path, pattern)
+    }
     if not dissected.refusals and (idle := set(options.overrides) - matched):
         paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
         raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
@@ -241,5 +258,3 @@ def plan(
     """The plan alone, and the refusals, without building anything; arguments as for :func:`convert`."""
     dissected, options, _ = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
     return Plan(options.preset, dissected.rows), dissected.refusals
-
-

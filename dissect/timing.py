@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-__all__ = ["Length", "Timing", "joined"]
+__all__ = ["Length", "Timing", "Window", "joined"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,30 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Which positions a window axis holds: the last ones of a value, oldest first, the newest at the value's own position.
+
+    delay, stride  where position 0 of the windowed value existed, and the frames between two positions
+    lag            frames by which the window was delayed since
+    row            the row of the plan that made it
+    zero           entries before the first position are zero
+    weights        the entries are weights of the positions, as a softmax gives them
+    """
+
+    delay: int
+    stride: int
+    lag: int = 0
+    row: int = 0
+    zero: bool = False
+    weights: bool = False
+
+    @property
+    def start(self) -> int:
+        """The time at which the newest entry is position 0."""
+        return self.delay + self.lag
+
+
+@dataclass(frozen=True)
 class Timing:
     """Where a value's positions lie, and how far back and ahead each looks.
 
@@ -65,6 +89,7 @@ class Timing:
     pooled      rows of the plan that are exact only while this value is not broadcast back onto every position
     running     one frame that stands for every position, in a loop over frames: positions without a time axis
     wait        frames that it must still be delayed until a position that exists is known not to be cut off by the end
+    still       all its positions are one: the only one of a slice, repeated
     first       the first frame stands in front of position 0, as often as is asked for; ``delay`` counts from there
     newest      rows of the plan that are exact only at the last position of a clip
     endless     depends on every frame so far, so that no still scene reaches a steady state
@@ -83,6 +108,7 @@ class Timing:
     running: bool = False
     wait: int = 0
     first: bool = False
+    still: bool = False
     newest: frozenset[int] = frozenset()
     endless: bool = False
 
@@ -98,18 +124,20 @@ class Timing:
         return replace(self, **changes)
 
     def delayed(self, frames: int) -> Timing:
-        return self.but(delay=self.delay + frames, old=self.old + frames, new=self.new + frames, wait=max(0, self.wait - frames))
+        return self.but(
+            delay=self.delay + frames, old=self.old + frames, new=self.new + frames, wait=max(0, self.wait - frames)
+        )
 
     def owed(self, frames: int, spacing: int | None = None) -> int:
         """How late positions become certain: the most frames from a position's own time (of a stream without delay)
         to the arrival of the frame that makes a clip long enough to have it; clips up to a few times ``frames``."""
         spacing = self.stride if spacing is None else spacing
-        late, count = 0, 0
+        found = []
         for length in range(1, 4 * frames + 64):
-            while count < self.length(length):
-                late = max(late, length - 1 - count * spacing)
-                count += 1
-        return late
+            first = max(self.length(length - 1), 0)
+            if self.length(length) > first:
+                found.append(length - 1 - first * spacing)
+        return max(found, default=0)
 
     def certain(self, frames: int) -> Timing:
         """With the frames to wait until its positions are certain."""
@@ -134,4 +162,3 @@ def joined(timings: Iterable[Timing]) -> Timing:
         endless=any(timing.endless for timing in known),
         wait=max(timing.wait for timing in known),
     )
-

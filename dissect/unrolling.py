@@ -23,7 +23,11 @@ from dissect.inputs import Inputs
 __all__ = ["Loop", "frame_of", "frames_to", "loops", "rolled", "unlisted"]
 
 aten = torch.ops.aten
-_SUMS = {aten.add.Tensor: aten.sum.dim_IntList, aten.maximum.default: aten.amax.default, aten.minimum.default: aten.amin.default}
+_SUMS = {
+    aten.add.Tensor: aten.sum.dim_IntList,
+    aten.maximum.default: aten.amax.default,
+    aten.minimum.default: aten.amin.default,
+}
 
 
 def frame_of(x: Tensor, dim: int, keepdim: bool) -> Tensor:
@@ -86,7 +90,9 @@ def unlisted(captured: Captured, inputs: Inputs) -> Captured:
         last = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
         with graph.inserting_after(last):
             for index, node in reversed(list(enumerate(nodes))):
-                frame = graph.create_node("call_function", aten.select.int, (whole, 1, index), name=f"{node.name}_frame")
+                frame = graph.create_node(
+                    "call_function", aten.select.int, (whole, 1, index), name=f"{node.name}_frame"
+                )
                 frame.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(frame)
         for node in nodes:
@@ -134,14 +140,18 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
             assert body is not None
             count = len(loop.copies)
             stacked = loop.end.target is not aten.cat.default
-            dim = loop.end.args[1] if len(loop.end.args) > 1 and stacked is (loop.end.target is aten.stack.default) else 0
+            dim: Any = (
+                loop.end.args[1] if len(loop.end.args) > 1 and stacked is (loop.end.target is aten.stack.default) else 0
+            )
             chain = loop.end.target in _SUMS
-            dim = 1 if chain else int(dim) % loop.end.meta["val"].dim()  # type: ignore[call-overload]
-            result = graph.create_node("call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}")
+            dim = 1 if chain else int(dim) % loop.end.meta["val"].dim()
+            result = graph.create_node(
+                "call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}"
+            )
             result.meta = dict(loop.end.meta)
             if chain:
                 result.meta["val"] = torch.stack([body.meta["val"]] * count, dim)
-                total = _SUMS[loop.end.target]
+                total = _SUMS[loop.end.target]  # type: ignore[index]
                 result = graph.create_node("call_function", total, (result, [dim]), name=f"rolled_{loop.end.name}_all")
                 result.meta = dict(loop.end.meta)
         name = loop.end.name
@@ -158,9 +168,9 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
     if node.op != "call_function":
         return
     if node.target in (aten.stack.default, aten.cat.default):
-        parts = list(node.args[0])  # type: ignore[arg-type]
+        parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
         if len(parts) > 1 and all(isinstance(part, fx.Node) for part in parts):
-            yield parts  # type: ignore[misc]
+            yield parts
     elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
         terms: list[fx.Node] = []
         at: Any = node
@@ -168,7 +178,7 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
             terms.append(at.args[1])  # type: ignore[arg-type]
             at = at.args[0]
         terms.append(at)
-        terms = [term for term in reversed(terms) if term != 0]
+        terms = [term for term in reversed(terms) if not isinstance(term, int)]
         if len(terms) > 1 and all(isinstance(term, fx.Node) for term in terms):
             yield terms
 
@@ -180,7 +190,8 @@ def _frame(node: fx.Node) -> Frame | None:
         size = args[0].meta["val"].shape[args[1]]
         return Frame(args[0], args[1] % args[0].meta["val"].dim(), args[2] % size, False)
     if node.target is aten.slice.Tensor:
-        source, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+        given: list[Any] = [*args, *[0, None, None, 1][len(args) - 1 :]]
+        source, dim, start, stop = given[:4]
         value = source.meta["val"]
         first, last, _ = slice(start, stop).indices(value.shape[dim])
         return Frame(source, dim % value.dim(), first, True) if last - first == 1 and value.shape[dim] > 1 else None
@@ -201,7 +212,9 @@ def _frame(node: fx.Node) -> Frame | None:
 class _Matcher:
     """Compares copies node by node, in step; ``build`` writes the one that stands for all."""
 
-    def __init__(self, captured: Captured, count: int, clones: dict[tuple[fx.Node, ...], fx.Node] | None = None) -> None:
+    def __init__(
+        self, captured: Captured, count: int, clones: dict[tuple[fx.Node, ...], fx.Node] | None = None
+    ) -> None:
         self.captured = captured
         self.count = count
         self.clones = {} if clones is None else clones
@@ -261,7 +274,9 @@ class _Matcher:
         if first is None or self.constant(first.source):
             return None
         frames = [frame for frame in found if frame is not None]
-        if len(frames) != len(row) or any((f.source, f.dim, f.keepdim) != (first.source, first.dim, first.keepdim) for f in frames):
+        if len(frames) != len(row) or any(
+            (f.source, f.dim, f.keepdim) != (first.source, first.dim, first.keepdim) for f in frames
+        ):
             return None
         step = frames[1].index - first.index
         if step < 1 or 2 * (frames[-1].index - first.index + 1) < first.source.meta["val"].shape[first.dim]:
@@ -277,14 +292,21 @@ class _Matcher:
         first = row[0]
         flat = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in row]
         for node, (leaves, spec) in zip(row, flat, strict=True):
-            same = node.op == "call_function" == first.op and node.target is first.target and spec == flat[0][1] and len(leaves) == len(flat[0][0])
+            same = (
+                node.op == "call_function" == first.op
+                and node.target is first.target
+                and spec == flat[0][1]
+                and len(leaves) == len(flat[0][0])
+            )
             if not same or _shape(node) != _shape(first):
                 raise _Differ
         children = []
         for column in zip(*(leaves for leaves, _ in flat), strict=True):
             if all(isinstance(leaf, fx.Node) for leaf in column):
                 children.append(tuple(column))
-            elif any(isinstance(leaf, fx.Node) for leaf in column) or any(type(leaf) is not type(column[0]) or leaf != column[0] for leaf in column):
+            elif any(isinstance(leaf, fx.Node) for leaf in column) or any(
+                type(leaf) is not type(column[0]) or leaf != column[0] for leaf in column
+            ):
                 raise _Differ
         return children
 
@@ -298,7 +320,9 @@ class _Matcher:
             value = source.meta["val"]
             source = graph.create_node("call_function", aten.slice.Tensor, part, name=f"rolled_{row[0].name}_part")
             source.meta = {**row[0].meta, "val": aten.slice.Tensor(value, *part[1:])}
-        frame = graph.create_node("call_function", frame_of, (source, first.dim, first.keepdim), name=f"rolled_{row[0].name}")
+        frame = graph.create_node(
+            "call_function", frame_of, (source, first.dim, first.keepdim), name=f"rolled_{row[0].name}"
+        )
         frame.meta = dict(row[0].meta)
         return frame
 
@@ -306,7 +330,9 @@ class _Matcher:
         first = row[0]
         children = iter([self.clones[child] for child in self.children(row)])
         leaves, spec = pytree.tree_flatten((first.args, dict(first.kwargs)))
-        args, kwargs = pytree.tree_unflatten([next(children) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
+        args, kwargs = pytree.tree_unflatten(
+            [next(children) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec
+        )
         node = first.graph.create_node("call_function", first.target, args, kwargs, name=f"rolled_{first.name}")
         node.meta = dict(first.meta)
         return node

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect import oracle
 from dissect.capturing import evaluating
 from dissect.errors import VerificationError
+from dissect.ledger import rows_first
 from dissect.parting import first_part
 from dissect.stream import Stream, output_time
 
@@ -246,7 +247,7 @@ class _Verifier:
     def take(self, out: Any, row: int) -> Any:
         leaves, spec = pytree.tree_flatten(out)
         kept = [
-            leaf if output.value is None or output.value.constant else leaf[row : row + 1]
+            leaf if output.value is None or output.value.constant else _rows(leaf, output.value.axes, row)
             for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True)
         ]
         return pytree.tree_unflatten(kept, spec)
@@ -274,7 +275,7 @@ class _Verifier:
             inputs = self.clip(1, frames)
             try:
                 with evaluating(run):
-                    wanted = run(*self.stream.original(*inputs))
+                    wanted = run(*_cloned(self.stream.original(*inputs)))
             except Exception:
                 if frames == self.lengths()[0]:
                     raise
@@ -313,10 +314,17 @@ class _Verifier:
             clock, dim = output.value.clock, output_time(output.value.axes)
             last = clock.last(frames) - delay
             if output.value.axes.time is None:
-                kept.append(leaf.select(dim, last))
+                leaf = leaf.select(dim, last)
             else:
                 index = torch.arange(clock.delay - delay, last + 1, clock.stride, device=leaf.device)
-                kept.append(leaf.index_select(dim, index))
+                leaf = leaf.index_select(dim, index)
+            window = output.value.axes.window
+            if (
+                window is not None and output.value.axes[window].kinds == "K"
+            ):  # of a shorter clip, the positions there are
+                count = min(clock.length(frames), leaf.shape[window])
+                leaf = leaf.narrow(window, leaf.shape[window] - count, count)
+            kept.append(leaf)
         return pytree.tree_unflatten(kept, spec)
 
     def d3d(self, model: nn.Module | ExportedProgram) -> None:
@@ -335,10 +343,16 @@ class _Verifier:
         leaves = pytree.tree_leaves(wanted)
         ends = []
         for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True):
-            time = None if output.value is None else output.value.axes.time
-            ends.append(leaf if time is None else _select(leaf, output.value.axes))  # type: ignore[union-attr]
-        promise = self.stream.options.pool != "none" and not self.stream.options.overrides
-        self.compare(pair, what, pytree.tree_leaves(out), ends, max(self.tolerance, 1e-4) if promise else float("inf"))
+            axes = None if output.value is None or output.value.constant else output.value.axes
+            if axes is not None:
+                leaf = rows_first(leaf, axes) if axes.time is None else _select(leaf, axes)
+            ends.append(leaf)
+        endless = any(timing.endless for timing in self.stream.leaf_timings)
+        promise = self.stream.options.pool != "none" and not self.stream.options.overrides and not endless
+        note = "no scene is steady to what remembers every frame so far" if endless else ""
+        self.compare(
+            pair, what, pytree.tree_leaves(out), ends, max(self.tolerance, 1e-4) if promise else float("inf"), note
+        )
 
     def causal(self, model: nn.Module | ExportedProgram) -> None:
         frames = self.lengths()[0]
@@ -412,13 +426,11 @@ class _Verifier:
             if wanted is None:
                 out, *caches = self.stream.chunk(*inputs, *self.stream.caches(batch))
                 wanted = self.clip_of(self.stream.trimmed(out, self.stream.timing.delay))
-                self.compare(
-                    pair, what, ([pytree.tree_leaves(out) for out in outputs], held), (wanted, caches), tolerance
-                )
+                self.compare(pair, what, ([_tensors(out) for out in outputs], held), (wanted, caches), tolerance)
             elif len(outputs) != len(wanted):
                 self.rows.append(Check(pair, what, None, None, False, f"{len(outputs)} outputs, not {len(wanted)}"))
             else:
-                self.compare(pair, what, [pytree.tree_leaves(out) for out in outputs], wanted, tolerance)
+                self.compare(pair, what, [_tensors(out) for out in outputs], wanted, tolerance)
 
     def arrays(self, frame: Any) -> list[Any]:
         return [
@@ -435,11 +447,28 @@ class _Verifier:
         return [list(row) for row in zip(*columns, strict=True)]
 
 
+def _cloned(inputs: Any) -> Any:
+    """Inputs that a forward may write to."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _tensors(out: Any) -> list[Any]:
+    """The leaves of a runner's result that are outputs of its file."""
+    return [leaf for leaf in pytree.tree_leaves(out) if leaf is not None]
+
+
 def _unstack(leaf: Tensor, axes: Any) -> list[Tensor]:
     """The clip form's output as frame tensors, one a frame."""
     from dissect.ledger import split_frames
 
     return split_frames(leaf, axes)
+
+
+def _rows(leaf: Tensor, axes: Any, row: int) -> Tensor:
+    """One of three rows of an output of the clip form."""
+    dim = axes.rows + (axes.time is None and axes.rows >= min(2, len(axes)))
+    size = leaf.shape[dim] // 3
+    return leaf.narrow(dim, row * size, size)
 
 
 def _select(leaf: Tensor, axes: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from dissect.stream import Stream, output_time
 
-__all__ = ["close", "leaves", "law", "offline", "steps", "streamed"]
+__all__ = ["close", "law", "leaves", "offline", "steps", "streamed"]
 
 leaves = pytree.tree_leaves
 
@@ -22,16 +22,22 @@ def close(got: Any, wanted: Any, tolerance: float = 1e-9, what: str = "") -> Non
     for left, right in pairs:
         assert left.shape == right.shape, f"{what}: {tuple(left.shape)} is not {tuple(right.shape)}"
         if right.numel():
-            left, right = left.double(), right.double()
+            left, right = left.detach().double(), right.detach().double()
             scale = max(float(right.nan_to_num(0.0, 0.0, 0.0).abs().max()), 1e-6)
             same = (left == right) | (left.isnan() & right.isnan())
             error = torch.where(same, 0.0, (left - right).abs()).amax() / scale
             assert error <= tolerance, f"{what}: {float(error):.1e}"
 
 
-def steps(stream: Stream, inputs: Sequence[Any], caches: Sequence[Tensor] | None = None) -> tuple[list[Any], tuple[Tensor, ...]]:
+def steps(
+    stream: Stream, inputs: Sequence[Any], caches: Sequence[Tensor] | None = None
+) -> tuple[list[Any], tuple[Tensor, ...]]:
     """One step a frame: the outputs, and the caches at the end."""
-    timed = [(leaf, dim) for leaf, dim in zip(leaves(tuple(inputs)), stream.dissected.time_dims, strict=True) if dim is not None]
+    timed = [
+        (leaf, dim)
+        for leaf, dim in zip(leaves(tuple(inputs)), stream.dissected.time_dims, strict=True)
+        if dim is not None
+    ]
     held = tuple(stream.caches(timed[0][0].shape[0]) if caches is None else caches)
     outputs = []
     for time in range(timed[0][0].shape[timed[0][1]]):
@@ -56,7 +62,9 @@ def law(stream: Stream, *inputs: Any, chunks: Sequence[int] = (1, 2, 5), toleran
     """Clip form, chunks and steps agree, outputs and caches."""
     with torch.no_grad():
         frames, batch = next(
-            (leaf.shape[dim], leaf.shape[0]) for leaf, dim in zip(leaves(inputs), stream.dissected.time_dims, strict=True) if dim is not None
+            (leaf.shape[dim], leaf.shape[0])
+            for leaf, dim in zip(leaves(inputs), stream.dissected.time_dims, strict=True)
+            if dim is not None
         )
         whole = columns(stream, stream.clip(*inputs))
         single, held = steps(stream, inputs)
@@ -92,7 +100,9 @@ def streamed(stream: Stream, *inputs: Any, frames: int) -> Any:
         count = clock.length(frames)
         assert leaf.shape[dim] > start + clock.stride * (count - 1), "the flush ended too early"
         index = [start + clock.stride * position for position in range(count)]
-        picked.append(leaf.index_select(dim, torch.tensor(index)) if axes.time is not None else leaf.select(dim, index[-1]))
+        picked.append(
+            leaf.index_select(dim, torch.tensor(index)) if axes.time is not None else leaf.select(dim, index[-1])
+        )
     return pytree.tree_unflatten(picked, spec)
 
 

@@ -97,6 +97,13 @@ class Function(nn.Module):
         return self.name
 
 
+def same_frames(y: Tensor, other: Tensor) -> Tensor:
+    """``other``, where it has as many frames as ``y``: at some lengths a lone frame would be broadcast."""
+    if other.shape[2] != y.shape[2]:
+        raise ValueError(f"{y.shape[2]} frames and {other.shape[2]}")
+    return other
+
+
 class Residual(nn.Module):
     def __init__(self, branch: nn.Module, skip: nn.Module) -> None:
         super().__init__()
@@ -104,7 +111,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)
-        y += self.skip(x)
+        y += same_frames(y, self.skip(x))
         return y
 
 
@@ -121,6 +128,7 @@ class Branches(nn.Module):
             return torch.cat(parts, 1)
         y = parts[0]
         for part in parts[1:]:
+            same_frames(y, part)
             y = y + part if self.join == "add" else y * part if self.join == "mul" else torch.maximum(y, part)
         return y
 
@@ -299,7 +307,19 @@ def pool(draw: Draw, size: Size, still: bool = False) -> Made | None:
 
 def activation(draw: Draw, size: Size, still: bool = False) -> Made:
     kinds = (
-        *(nn.ReLU, nn.Sigmoid, nn.Softplus, nn.Tanh, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU),
+        *(
+            nn.ReLU,
+            nn.Sigmoid,
+            nn.Softplus,
+            nn.Tanh,
+            nn.SiLU,
+            nn.GELU,
+            nn.Hardswish,
+            nn.ELU,
+            nn.Hardtanh,
+            nn.LeakyReLU,
+            nn.PReLU,
+        ),
         *Function.TABLE,
     )
     kind = one(draw, *kinds)
@@ -320,7 +340,9 @@ def merged(draw: Draw, size: Size, still: bool = False) -> Made | None:
     step = 1 if still else one(draw, 1, 1, 2)
     channels = size.channels if still and draw(st.booleans()) else integers(draw, 1, 4)
     trunk = nn.Sequential(
-        nn.Conv2d(size.channels, channels, side, step, side // 2), nn.BatchNorm2d(channels), one(draw, nn.ReLU, nn.Sigmoid)()
+        nn.Conv2d(size.channels, channels, side, step, side // 2),
+        nn.BatchNorm2d(channels),
+        one(draw, nn.ReLU, nn.Sigmoid)(),
     )
     if not still and draw(st.booleans()):
         trunk.append(nn.MaxPool2d(2, 1, ceil_mode=draw(st.booleans())))
@@ -400,7 +422,19 @@ def finished(layers: Sequence[nn.Module], size: Size) -> Made | None:
     return None if out is None else (layer, out)
 
 
-LAYERS = (convolution, convolution, convolution, pool, activation, activation, norm, merged, squeeze_excite, average, cropped)
+LAYERS = (
+    convolution,
+    convolution,
+    convolution,
+    pool,
+    activation,
+    activation,
+    norm,
+    merged,
+    squeeze_excite,
+    average,
+    cropped,
+)
 BLOCKS = (residual, residual, dense, parallel)
 
 

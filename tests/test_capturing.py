@@ -223,5 +223,38 @@ def test_the_batch_of_the_example_is_not_baked_in(batch: int) -> None:
 
 def test_names_are_those_of_the_module() -> None:
     stream = dissect.convert(Tiny(), CLIP, preset="exact")
-    assert {row.path for row in stream.plan.rows} >= {"conv", "again"} or {row.path for row in stream.plan.rows} >= {"conv", "conv1"}
+    assert {row.path for row in stream.plan.rows} >= {"conv", "again"} or {row.path for row in stream.plan.rows} >= {
+        "conv",
+        "conv1",
+    }
     assert isinstance(stream.clip.get_submodule("fc"), nn.Linear)
+
+
+class Normalising(nn.Module):
+    """Writes to the clip that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 2, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5).div_(0.25)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("preset", ["d3d", "causal", "exact"])
+def test_a_clip_that_the_forward_writes_to(preset: str) -> None:
+    model = Normalising().double().eval()
+    clip = CLIP.double()
+    stream = dissect.convert(model, clip, preset=preset)
+    dissect.verify(stream, model).check()
+    law(stream, clip)
+    assert torch.equal(clip, CLIP.double())
+    if preset == "exact":
+        assert offline(stream, model, clip, [6, 2])
+
+
+def test_a_capture_that_fails_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError):
+        dissect.convert(nn.AvgPool3d(9), CLIP)
+    assert capfd.readouterr() == ("", "")

@@ -18,7 +18,9 @@ BATCH, FRAMES = 2, 7
 CONV = {0: F.conv1d, 1: F.conv2d, 2: F.conv3d}
 
 
-def made(dims: int, taps: int, groups: int, spacing: int, pads: tuple[int, int], stride: int, gap: int) -> tuple[nn.Conv3d, TemporalConv]:
+def made(
+    dims: int, taps: int, groups: int, spacing: int, pads: tuple[int, int], stride: int, gap: int
+) -> tuple[nn.Conv3d, TemporalConv]:
     """A causal convolution of torch's, and ours with its weights; ``dims`` is the number of spatial dimensions."""
     torch.manual_seed(0)
     kernel = {0: (taps,), 1: (taps, 3), 2: (taps, 3, 2)}[dims]
@@ -51,7 +53,9 @@ def causal(offline: nn.Module, x: Tensor, dims: int, reach: int, pads: tuple[int
         for pads, stride, gap in ([((0, 0), 1, 1)] if dims == 0 else [((1, 1), 1, 1), ((2, 1), 2, 1), ((0, 3), 1, 2)])
     ],
 )
-def test_chunks_equal_steps_equal_torch(dims: int, taps: int, groups: int, spacing: int, pads: tuple[int, int], stride: int, gap: int) -> None:
+def test_chunks_equal_steps_equal_torch(
+    dims: int, taps: int, groups: int, spacing: int, pads: tuple[int, int], stride: int, gap: int
+) -> None:
     offline, conv = made(dims, taps, groups, spacing, pads, stride, gap)
     x = torch.randn(BATCH, FRAMES, 4, *[6] * dims, dtype=torch.float64)
     reach = spacing * (taps - 1)
@@ -98,7 +102,9 @@ def test_time_at_any_place_of_the_kernel(time: int) -> None:
     torch.manual_seed(2)
     kernel = [3, 3, 3]
     weight, bias = torch.randn(5, 4, *kernel, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    conv = TemporalConv(weight, bias, ages=[2, 1, 0], time=time, stride=[1, 1], padding=[(1, 1), (1, 1)], dilation=[1, 1])
+    conv = TemporalConv(
+        weight, bias, ages=[2, 1, 0], time=time, stride=[1, 1], padding=[(1, 1), (1, 1)], dilation=[1, 1]
+    )
     x = torch.randn(BATCH, FRAMES, 4, 5, 5, dtype=torch.float64)
     history = History((4, 5, 5), 2)
     known, _ = history(x.flatten(0, 1), frames=FRAMES)
@@ -106,7 +112,9 @@ def test_time_at_any_place_of_the_kernel(time: int) -> None:
     there = x.movedim(1, 2 + time)
     widths = [[1, 1] for _ in range(3)]
     widths[time] = [2, 0]
-    wanted = F.conv3d(F.pad(there, [side for pair in reversed(widths) for side in pair]), weight, bias).movedim(2 + time, 1)
+    wanted = F.conv3d(F.pad(there, [side for pair in reversed(widths) for side in pair]), weight, bias).movedim(
+        2 + time, 1
+    )
     torch.testing.assert_close(got, wanted)
 
 
@@ -116,7 +124,9 @@ def test_a_convolution_inside_the_frame(dims: int, groups: int) -> None:
     torch.manual_seed(3)
     weight, bias = torch.randn(8, 4 // groups, *[3] * dims), torch.randn(8)
     x = torch.randn(6, 4, *[5] * dims)
-    conv = FrameConv(weight, bias, time=None, stride=[1] * dims, padding=[(1, 1)] * dims, dilation=[1] * dims, groups=groups)
+    conv = FrameConv(
+        weight, bias, time=None, stride=[1] * dims, padding=[(1, 1)] * dims, dilation=[1] * dims, groups=groups
+    )
     wanted = (
         F.conv1d(x.unsqueeze(-1), weight.unsqueeze(-1), bias, groups=groups).squeeze(-1)
         if dims == 0
@@ -124,7 +134,12 @@ def test_a_convolution_inside_the_frame(dims: int, groups: int) -> None:
     )
     torch.testing.assert_close(conv(x), wanted)
     torch.testing.assert_close(conv(x, frames=3), wanted)
-    torch.testing.assert_close(FrameConv(None, None, time=None, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=groups)(x, weight, bias), wanted)
+    torch.testing.assert_close(
+        FrameConv(
+            None, None, time=None, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=groups
+        )(x, weight, bias),
+        wanted,
+    )
 
 
 def test_one_temporal_tap_is_no_temporal_convolution() -> None:

@@ -183,7 +183,9 @@ def test_a_cumulative_mean_is_the_mean_of_all_and_then_forgets() -> None:
     wanted = x.cumsum(1) / torch.arange(1, 41)[:, None]
     torch.testing.assert_close(torch.stack(got, 1), wanted)
     assert caches[1].flatten().tolist() == [40, 40]
-    got, caches = run(Whole(Case(lambda: CumulativeMean((3,), horizon=5))), x, torch.empty(0, 2, 40), [None] * 40, fresh=False)
+    got, caches = run(
+        Whole(Case(lambda: CumulativeMean((3,), horizon=5))), x, torch.empty(0, 2, 40), [None] * 40, fresh=False
+    )
     assert caches[1].flatten().tolist() == [5, 5], "the counter does not grow without bound"
     average = x[:, 0]
     for time in range(1, 40):

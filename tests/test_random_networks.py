@@ -33,12 +33,15 @@ def keeps_its_promises(drawn: Drawn, preset: str, lengths: int = 4) -> None:
     try:
         stream = dissect.convert(drawn.network, drawn.clip, preset=preset)
     except NotStreamable as refused:
-        assert all(refusal.path and refusal.reason for refusal in refused.refusals), str(refused)
-        event(f"refused: {refused.refusals[0].reason}")
+        refusals = refused.refusals
+        assert all(refusal.op and refusal.reason for refusal in refusals), [str(refusal) for refusal in refusals]
+        event(f"refused: {refusals[0].reason}")
         return
     frames = drawn.clip.shape[2]
     generator = torch.Generator().manual_seed(1)
-    clip = torch.randn(2, drawn.clip.shape[1], frames + 5, *drawn.clip.shape[3:], generator=generator, dtype=torch.float64)
+    clip = torch.randn(
+        2, drawn.clip.shape[1], frames + 5, *drawn.clip.shape[3:], generator=generator, dtype=torch.float64
+    )
     law(stream, clip, chunks=(3,))
     if preset == "exact" and stream.plan.exact:
         picked = [drawn.lengths[0], *drawn.lengths[1 :: max(1, len(drawn.lengths) // lengths)]]
@@ -50,7 +53,9 @@ def keeps_its_promises(drawn: Drawn, preset: str, lengths: int = 4) -> None:
 
 def finite(drawn: Drawn) -> bool:
     out = drawn.network(drawn.clip)
-    return all(leaf.numel() and bool(leaf.isfinite().all()) for leaf in (out.values() if isinstance(out, dict) else [out]))
+    return all(
+        leaf.numel() and bool(leaf.isfinite().all()) for leaf in (out.values() if isinstance(out, dict) else [out])
+    )
 
 
 @PRESETS

@@ -1,0 +1,302 @@
+"""Products with labelled dimensions: einsum, and what every product of matrices over time goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from dissect.ledger import Axes, Axis, plain_axis
+from dissect.registry import converter, windowed
+from dissect.rewrite import Context, Refused, Value
+from dissect.timing import joined
+from dissect.windows import aligned, count, kept, masked, share, window, windows
+
+aten = torch.ops.aten
+Labels = Sequence[Hashable]
+Emit = Callable[[Context, list[fx.Node], list[list[Hashable]], list[Hashable], dict[Hashable, int]], fx.Node]
+
+
+@converter(aten.einsum.default)
+def einsum(ctx: Context, equation: str, values: Sequence[Value], **_: Any) -> Value:
+    labels, out = parsed(equation, [len(value.shape) for value in values])
+    return contract(ctx, values, labels, out, as_einsum)
+
+
+@windowed(aten.einsum.default)
+def einsum_windowed(ctx: Context, convert: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+    return convert(ctx, *args, **kwargs)
+
+
+def parsed(equation: str, ranks: Sequence[int]) -> tuple[list[list[Hashable]], list[Hashable]]:
+    """The labels of the operands and of the result; an ellipsis becomes numbers, counted from the right."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    wide = 0
+    labels: list[list[Hashable]] = []
+    for term, rank in zip(left.split(","), ranks, strict=True):
+        before, dots, after = term.partition("...")
+        extra = rank - len(before) - len(after) if dots else 0
+        wide = max(wide, extra)
+        labels.append([*before, *range(-extra, 0), *after])
+    if arrow:
+        before, dots, after = right.partition("...")
+        return labels, [*before, *(range(-wide, 0) if dots else ()), *after]
+    flat = [label for names in labels for label in names]
+    single = sorted(label for label in flat if isinstance(label, str) and flat.count(label) == 1)
+    return labels, [*range(-wide, 0), *single]
+
+
+def as_einsum(
+    ctx: Context, nodes: list[fx.Node], labels: list[list[Hashable]], out: list[Hashable], sizes: dict[Hashable, int]
+) -> fx.Node:
+    """One einsum on frame tensors."""
+    letters = {
+        label: chr(ord("a") + at)
+        for at, label in enumerate(dict.fromkeys(label for names in [*labels, out] for label in names))
+    }
+    terms = ["".join(letters[label] for label in names) for names in labels]
+    return ctx.graph.call_function(
+        torch.einsum, (f"{','.join(terms)}->{''.join(letters[label] for label in out)}", nodes)
+    )
+
+
+ROWS = "rows"
+
+
+def contract(
+    ctx: Context, values: Sequence[Value], labels: Sequence[Labels], out: Labels, emit: Emit, key: Hashable = None
+) -> Value:
+    """The sum over all labels that ``out`` does not name of the product of ``values``.
+
+    Time under one label is a frame each; summed over, a window of sums. Under two labels, one is that of the keys: it becomes
+    a window (``key`` says which, or what follows does), and the newest frame alone asks; where the plan wants them all
+    (``ctx.whole``), both become windows.
+    """
+    if any(
+        "N" in axis.kinds
+        for value, names in zip(values, labels, strict=True)
+        if not value.constant
+        for axis, label in zip(value.axes.dims, names, strict=True)
+        if label not in out
+    ):
+        raise Refused("a sum over the batch")
+    values = aligned(ctx, values)
+    timed = list(
+        dict.fromkeys(
+            label
+            for label in (time_of(value, names) for value, names in zip(values, labels, strict=True))
+            if label is not None
+        )
+    )
+    present = {
+        names[dim]
+        for value, names in zip(values, labels, strict=True)
+        if not value.constant
+        for dim, axis in enumerate(value.axes.dims)
+        if "K" in axis.kinds
+    }
+    keys = set(timed) & present
+    if len(timed) > 2:
+        raise Refused("a product of three frames of different times")
+    if len(timed) == 2 and not keys:
+        keys = set(timed) if ctx.node.name in ctx.whole else {key if key in timed else key_of(ctx.node, timed, out)}
+        ctx.matrices[len(ctx.rows)] = ctx.node.name
+    first = not present
+    done = []
+    for value, names in zip(values, labels, strict=True):
+        if time_of(value, names) in keys:
+            value = window(ctx, value, "keys", row=first)
+            first = False
+        done.append(value)
+    values = done
+    resolved = {
+        label: resolve(values, labels, label) for label in dict.fromkeys(label for names in labels for label in names)
+    }
+    clock = joined(
+        value.clock
+        for value in sorted((value for value in values if not value.constant), key=lambda value: value.time is None)
+    )
+    summed = [label for label in resolved if label not in out]
+    scale = []
+    for label in summed:
+        if "K" in resolved[label].kinds:
+            values = zeroed(ctx, values, labels, label)
+            scale += divided(ctx, values, labels, label)
+    inner = {label: axis for label, axis in resolved.items() if not axis.dropped}
+    nodes = [framed(ctx, value, names, resolved) for value, names in zip(values, labels, strict=True)]
+    terms: list[list[Hashable]] = [
+        [*(() if value.constant else (ROWS,)), *(label for label in names if label in inner)]
+        for value, names in zip(values, labels, strict=True)
+    ]
+    sizes = {label: axis.space for label, axis in inner.items()}
+    node = emit(ctx, nodes, terms, [ROWS, *(label for label in out if label in inner)], sizes)
+    axes = Axes(tuple(resolved[label] for label in out)).windowed(lambda held: replace(held, zero=False, weights=False))
+    result = Value(node, axes, clock.plain(), ctx.node.meta["val"].dtype)
+    for factor, size in scale:
+        part = ctx.graph.call_function(share, (count(ctx, factor), size, result.node))
+        result = ctx.call(torch.mul, (result, part), axes, result.clock, result.dtype)
+    if any("T" in resolved[label].kinds for label in summed):
+        return ctx.pool_time(result, "sum", axes)
+    return result
+
+
+def time_of(value: Value, names: Labels) -> Hashable | None:
+    """The label of the dimension that carries time."""
+    return None if value.constant or value.time is None else names[value.time]
+
+
+def resolve(values: Sequence[Value], labels: Sequence[Labels], label: Hashable) -> Axis:
+    """The one ledger of a label, from all operands that have it."""
+    found = [
+        value.axes[dim]
+        for value, names in zip(values, labels, strict=True)
+        if not value.constant
+        for dim, name in enumerate(names)
+        if name == label
+    ]
+    sizes = [
+        value.shape[dim]
+        for value, names in zip(values, labels, strict=True)
+        for dim, name in enumerate(names)
+        if name == label
+    ]
+    wide = [axis for axis in found if axis.size > 1 or not axis.plain]
+    if not wide:
+        return plain_axis(max(sizes))
+    first = max(wide, key=lambda axis: (axis.size, not axis.plain))
+    moved = {
+        tuple((factor.kind, factor.size) for factor in axis.factors)
+        for axis in wide
+        if axis.size > 1 and not axis.plain
+    }
+    if len(moved) > 1 or (moved and any(axis.plain for axis in wide if axis.size > 1)):
+        raise Refused("a product over two axes of which one carries time or batch otherwise than the other")
+    return first
+
+
+def framed(ctx: Context, value: Value, names: Labels, resolved: dict[Hashable, Axis]) -> fx.Node:
+    """An operand as a frame tensor, with the dimensions that the result keeps inside a frame."""
+    shape = [value.axes[dim].space for dim, label in enumerate(names) if not resolved[label].dropped]
+    if value.constant:
+        dims = tuple(resolved[label] if value.shape[dim] > 1 else Axis() for dim, label in enumerate(names))
+        shape = [value.shape[dim] for dim, label in enumerate(names) if not resolved[label].dropped]
+        return ctx.graph.call_function(torch.reshape, (ctx.conform(value, Axes(dims)).node, tuple(shape)))
+    if tuple(shape) == value.axes.frame:
+        return value.node
+    return ctx.graph.call_function(torch.reshape, (value.node, (-1, *shape)))
+
+
+def zeroed(ctx: Context, values: Sequence[Value], labels: Sequence[Labels], label: Hashable) -> list[Value]:
+    """The operands, one of which is zero where the window under ``label`` has no position."""
+    at = [index for index, names in enumerate(labels) if label in names and not values[index].constant]
+    dims = {index: list(labels[index]).index(label) for index in at}
+    if any(
+        factor.window is not None and factor.window.zero
+        for index in at
+        for factor in windows(Axes((values[index].axes[dims[index]],)))
+    ):
+        return list(values)
+    last = at[-1]
+    return [masked(ctx, value, 0.0, dims[last]) if index == last else value for index, value in enumerate(values)]
+
+
+def divided(ctx: Context, values: Sequence[Value], labels: Sequence[Labels], label: Hashable) -> list[Any]:
+    """Where weights were divided by the number of keys of a whole clip, the window to divide by as many as there are."""
+    nodes = list(fx.node.map_aggregate(list(ctx.node.all_input_nodes), lambda node: node))
+    for node in nodes:
+        number = divisor(node)
+        if number is None:
+            continue
+        for value, names in zip(values, labels, strict=True):
+            if label in names and not value.constant:
+                axis = value.axes[list(names).index(label)]
+                if abs(number - axis.size) < 1e-6 * axis.size:
+                    return [(windows(Axes((axis,)))[0], kept(Axes((axis,)))[1])]
+    return []
+
+
+def divisor(node: fx.Node) -> float | None:
+    """The number that an activation was divided by last, through reshapes."""
+    through = (
+        aten.view.default,
+        aten.reshape.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.clone.default,
+        aten._unsafe_view.default,
+        aten.expand.default,
+    )
+    while node.op == "call_function" and node.target in through:
+        node = node.args[0]  # type: ignore[assignment]
+    if (
+        node.op == "call_function"
+        and node.target in (aten.div.Tensor, aten.div.Scalar)
+        and isinstance(node.args[1], (int, float))
+    ):
+        return float(node.args[1])
+    if (
+        node.op == "call_function"
+        and node.target in (aten.mul.Tensor, aten.mul.Scalar)
+        and isinstance(node.args[1], float)
+        and node.args[1]
+    ):
+        return 1 / node.args[1]
+    return None
+
+
+def key_of(node: fx.Node, timed: Sequence[Hashable], out: Labels) -> Hashable:
+    """Which of two labels with time is that of the keys: what a softmax or a sum goes over next; the last, where none does."""
+    gone = [label for label in timed if label not in out]
+    if gone:
+        return gone[0]
+    order = list(out)
+    spot = {order.index(label): label for label in timed}
+    queue: list[tuple[fx.Node, tuple[int, ...]]] = [(node, tuple(range(len(order))))]
+    for _ in range(64):
+        if not queue:
+            break
+        source, dims = queue.pop(0)
+        for user in source.users:
+            over = reduced(user, source, len(dims))
+            hit = [spot[dims[dim]] for dim in over if dims[dim] in spot]
+            if hit:
+                return hit[0]
+            after = moved(user, source, dims)
+            if after is not None:
+                queue.append((user, after))
+    return order[max(spot)]
+
+
+def reduced(user: fx.Node, source: fx.Node, rank: int) -> list[int]:
+    """The dimensions of ``source`` that ``user`` normalises or sums over."""
+    args = user.args
+    if user.target in (aten.softmax.int, aten.log_softmax.int, aten._softmax.default):
+        return [int(args[1]) % rank]  # type: ignore[arg-type]
+    if user.target in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default):
+        return [int(dim) % rank for dim in args[1]]  # type: ignore[union-attr,arg-type]
+    if user.target in (aten.matmul.default, aten.bmm.default):
+        return [rank - 1] if args[0] is source else [rank - 2]
+    if user.target is aten.einsum.default:
+        labels, out = parsed(str(args[0]), [arg.meta["val"].dim() for arg in args[1]])  # type: ignore[union-attr]
+        names = labels[list(args[1]).index(source)]  # type: ignore[arg-type]
+        return [dim for dim, label in enumerate(names) if label not in out]
+    return []
+
+
+def moved(user: fx.Node, source: fx.Node, dims: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where the dimensions are after an operator that keeps or permutes them."""
+    val = user.meta.get("val")
+    if user.op != "call_function" or not isinstance(val, torch.Tensor):
+        return None
+    if user.target is aten.transpose.int:
+        order = list(dims)
+        one, other = int(user.args[1]), int(user.args[2])  # type: ignore[arg-type]
+        order[one], order[other] = order[other], order[one]
+        return tuple(order)
+    if user.target is aten.permute.default:
+        return tuple(dims[dim] for dim in user.args[1])  # type: ignore[union-attr,index]
+    return dims if val.shape == source.meta["val"].shape else None
