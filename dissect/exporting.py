@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
 from dissect.lowering import lower
+from dissect.squeezing import squeeze
 from dissect.stream import Stream
 
 __all__ = ["contract_of", "export"]
@@ -71,7 +72,7 @@ def to_model(
 ) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
     contract = contract_of(stream, preprocess, labels)
-    step: nn.Module = lower(stream)
+    step: Any = lower(stream)
     frames = [
         leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
         for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
@@ -81,6 +82,7 @@ def to_model(
     names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
     outs = [spec.name for spec in contract.outputs] + [cache.output for cache in contract.caches]
     args: tuple[Tensor, ...] = (*frames, *caches)
+    squeeze(step, args)
     if reset:
         step = _Resetting(step, len(frames))
         args = (*args, torch.zeros(ROWS, dtype=torch.bool))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.forms import Form
@@ -91,11 +92,65 @@ def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
         if dtype != torch.float64 and node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
             node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: dtype if leaf is torch.float64 else leaf)
+    settle(module)
     fold(module)
     drop(module)
     flatten_shuffles(module)
     module.recompile()
     return module
+
+
+def settle(module: fx.GraphModule) -> None:
+    """Give layers that take their weights as arguments (shared or computed ones) weights of their own."""
+    for node in list(module.graph.nodes):
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, FrameConv) and layer.weight is None:
+            weight, bias = (_value(module, arg) for arg in (*node.args[1:], None)[:2])
+            if weight is not None:
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+                layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+                node.args = node.args[:1]
+        elif node.target is F.batch_norm and len(node.args) == 8 and not node.args[5]:
+            mean, var, weight, bias = (_value(module, arg) for arg in node.args[1:5])
+            if mean is None or var is None:
+                continue
+            norm = nn.BatchNorm1d(mean.numel(), float(node.args[7]), affine=weight is not None)
+            norm.running_mean, norm.running_var = mean, var
+            if weight is not None:
+                norm.weight = nn.Parameter(weight)
+                norm.bias = nn.Parameter(torch.zeros_like(weight) if bias is None else bias)
+            path = f"settled_{node.name}"
+            module.add_submodule(path, norm)
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.call_module(path, (node.args[0],)))
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def _value(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The value of a node that depends on parameters alone; None for any other."""
+    if not isinstance(node, fx.Node):
+        return None
+    needed: dict[fx.Node, Any] = {}
+    stack = [node]
+    while stack:
+        at = stack.pop()
+        if at.op not in ("get_attr", "call_function"):
+            return None
+        needed[at] = None
+        stack.extend(read for read in at.all_input_nodes if read not in needed)
+    with torch.no_grad():
+        for at in module.graph.nodes:
+            if at not in needed:
+                continue
+            if at.op == "get_attr":
+                owner, _, leaf = str(at.target).rpartition(".")
+                needed[at] = getattr(module.get_submodule(owner), leaf).detach()
+            else:
+                args, kwargs = fx.node.map_arg((at.args, at.kwargs), needed.__getitem__)
+                needed[at] = at.target(*args, **kwargs)
+    value: Tensor = needed[node]
+    return value.clone()
 
 
 def fold(module: fx.GraphModule) -> None:

@@ -50,6 +50,9 @@ _OVER_TIME = (
     *[getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)],
 )
 
+_ADAPTIVE = {aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d}
+_ADAPTIVE |= {aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d}
+
 
 class Unshiftable(Exception):
     """This network has an operator whose edges cannot be moved; there is no such oracle for it."""
@@ -76,6 +79,11 @@ class _Edges(fx.Interpreter):
         if value is None or value.time is None or not value.axes[value.time].is_time:
             return super().run_node(n)
         packet = n.target.overloadpacket
+        out = self.trace.get(n.name)
+        if packet in _ADAPTIVE and out is not None and out.time is not None and out.shape != value.shape:
+            kept = out.axes[out.time].size
+            if 1 < kept < value.axes[value.time].size:
+                raise Unshiftable("an adaptive pool over time moves with its edges")
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
             return self.conv(_CONV[packet], value.time, *args, **kwargs)

@@ -208,6 +208,17 @@ def test_what_cannot_be_streamed_is_refused_by_name(middle: Any, said: str, pres
         dissect.convert(network, clip, preset=preset)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "align"), MODES)
+@pytest.mark.parametrize("factors", [(4, 2), (2, 0.5)], ids=str)
+@PRESETS
+def test_in_the_runtime(mode: str, align: bool | None, factors: tuple[int, float], preset: str) -> None:
+    stride, scale = factors
+    middle = lambda y, x: F.interpolate(y, scale_factor=(scale, 2, 1.5), mode=mode, align_corners=align)  # noqa: E731
+    network, clip = made(Between(middle, stride), 16)
+    dissect.verify(dissect.convert(network, clip, preset=preset), network).check()
+
+
 class DoubleConv(nn.Sequential):
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class Separable(nn.Module):
         self.deep = nn.Conv3d(8, 8, 3, padding=1, groups=8)
         self.after = nn.BatchNorm3d(8)
         self.down, self.up = nn.Conv3d(8, 4, 1), nn.Conv3d(4, 8, 1)
+        self.middle = nn.BatchNorm3d(4)
         self.mixed = nn.Conv3d(8, 8, 3, padding=1, groups=2)
         self.fc = nn.Linear(8, 3)
 
@@ -42,6 +43,8 @@ class Separable(nn.Module):
         x = F.relu(self.norm(self.time(self.stem(x))))
         y = self.after(self.deep(x))
         y = y * torch.sigmoid(self.up(F.relu(self.down(y.mean((3, 4), keepdim=True)))))
+        gate = F.adaptive_avg_pool3d(y, 1)
+        y = y * torch.cat([self.up(F.relu(self.middle(self.down(gate)))), gate], 1)[:, :8].sigmoid()
         x = F.relu(x + y)
         return self.fc(F.relu(self.mixed(x)).mean((2, 3, 4)))
 

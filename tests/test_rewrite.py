@@ -67,24 +67,13 @@ def test_time_is_followed(name: str, preset: str) -> None:
         )
 
 
-def attention(x: Tensor) -> Tensor:
-    tokens = x.mean((3, 4)).transpose(1, 2)
-    return (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
-
-
 #: what has no streaming form: the words that its refusal must have
 HOPELESS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "attention between frames": (attention, "matmul"),
     "sorted frames": (lambda x: x.sort(2).values, "sort"),
     "a Fourier transform over time": (lambda x: torch.fft.fft(x, dim=2).abs(), "fft"),
     "frames that fit the clip alone": (lambda x: x.transpose(1, 2).reshape(-1, 2, 16, 4, 6), "time axis"),
     "a mean over the batch": (lambda x: x - x.mean(0, keepdim=True), "batch"),
     "mirrored frames": (lambda x: x + x.flip(2), "flip"),
-    "a softmax over time": (lambda x: x.mean((3, 4)).softmax(2), "time"),
-    "a position embedding": (
-        lambda x: x * torch.linspace(0, 1, 8, dtype=x.dtype).reshape(1, 1, 8, 1, 1),
-        "frame to frame",
-    ),
 }
 
 
