@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,12 +66,12 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
         return slice_time(ctx, x, dim, chosen[0], chosen[0] + 1, 1)
     step = chosen[start + 1] - chosen[start] if stop - start > 1 else 0
     before, behind = chosen[:start], chosen[stop:]
-    if step > 0 and max(len(before), len(behind)) < stop - start:
+    if step > 0 and max(len(before), len(behind)) < (stop - start if step == 1 else 1):
         main = slice_time(ctx, x, dim, chosen[start], chosen[stop - 1] + 1, step)
         if not before and not behind:
             return main
         return assembled(ctx, main, [Part(x, at) for at in before], [Part(x, size - at, True) for at in behind], dim)
-    gaps = [after - at for at, after in itertools.pairwise(chosen)]
+    gaps = [after - at for at, after in zip(chosen, chosen[1:], strict=False)]
     if not gaps or min(gaps) < 1:
         raise Refused(
             "frames in another order than that of the clip", "choose frames in the clip's order, evenly spaced"
@@ -166,8 +165,10 @@ def repeat(ctx: Context, x: Value, repeats: Sequence[int]) -> Value:
     y = ctx.reframe(x, axes)
     wide, inner = [], []
     for axis, count in zip(axes.dims, repeats, strict=True):
-        if count == 1 or (
-            axis.plain and not (axis.size == 1 and axes.time is None and count == clock.length(ctx.frames) > 1)
+        if (
+            count == 1
+            or (axis.plain
+            and not (axis.size == 1 and axes.time is None and count == clock.length(ctx.frames) > 1))
         ):
             wide.append(axis if count == 1 else plain_axis(axis.size * count))
             inner += [] if axis.dropped else [count]
@@ -230,8 +231,13 @@ def cumsum(ctx: Context, x: Value, dim: int, *, dtype: Any = None) -> Value:
         return x if at is None else ctx.call(torch.cumsum, (x, at + 1), x.axes, x.clock.plain(), to)
     if not axis.is_time:
         raise Refused("a running sum over the batch, or over an axis that merges time with others")
+    ctx.mixes(x)
     x = ctx.gate(ctx.settled(x))
-    ctx.row("running sum since the stream began", exact=ctx.exact, reason="" if ctx.exact else "of every frame so far")
+    ctx.row(
+        "running sum since the stream began, which grows without bound",
+        exact=ctx.exact,
+        reason="" if ctx.exact else "of every frame so far",
+    )
     timing = x.clock.plain().but(nonneg=x.clock.nonneg, endless=True)
     return ctx.primitive("sum", RunningSum(x.axes.frame, x.clock.stride), (x,), x.axes, timing, to)
 

@@ -52,7 +52,8 @@ def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, 
     zero = first and (target in pointwise._KEEPS_ZERO or target in (aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar))
     zero = any(zeros) if target is aten.mul.Tensor else zero
     timing = result.clock.but(newest=result.clock.newest - whole) if result.time is not None else result.clock
-    return replace(result, axes=known(result.axes, zero=zero), timing=timing)
+    weights = all(held.weights for value in moving for held in held_by(value))
+    return replace(result, axes=known(result.axes, zero=zero, weights=weights), timing=timing)
 
 
 def held_by(value: Value) -> list[Any]:
@@ -82,8 +83,7 @@ def by_distance(table: Tensor) -> bool:
 
 def slanted(ctx: Context, value: Value, out: Axes) -> Value:
     """The newest frame's row of such a matrix."""
-    assert out.time is not None
-    assert value.tensor is not None
+    assert out.time is not None and value.tensor is not None
     dim = out.time - (len(out) - value.tensor.dim())
     last = value.shape[dim] - 1
     tensor = value.tensor.narrow(dim, last, 1)
@@ -247,7 +247,7 @@ def reduce(ctx: Context, convert: Convert, x: Value, dims: Any = None, *args: An
     over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     chosen = [dim % rank for dim in over if "K" in x.axes[dim % rank].kinds]
     given = () if dims is None else (dims,)
-    target: Any = ctx.node.target
+    target = ctx.node.target
     fill = _REDUCED[target]
     for dim in chosen:
         if fill or not all(held.zero for held in held_by(replace(x, axes=Axes((x.axes[dim],))))):

@@ -46,8 +46,7 @@ class InputSpec:
 class OutputSpec:
     """One output: when it exists, and how many positions of it the offline network has.
 
-    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see
-    :meth:`positions`. ``delay`` and ``stride`` are in frames.
+    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see :meth:`positions`. ``delay`` and ``stride`` are in frames.
     """
 
     name: str

@@ -93,10 +93,7 @@ class Form(nn.Module):
         return self
 
     def forward(self, *args: Any, frames: int | None = None) -> Any:
-        """The clip form takes the original's inputs, the others a frame or chunk and the caches.
-
-        ``frames`` says how many there are where batch and time are merged.
-        """
+        """The clip form takes the original's inputs (``frames``: where batch and time are merged), the others a frame or chunk and the caches."""
         inputs = self.structure.inputs
         given = inputs.spec.num_children if self.kind == "clip" else inputs.given
         if len(args) < given and not (self.kind == "clip" and len(args) == len(inputs.groups)):
@@ -179,7 +176,10 @@ def build(dissected: Dissected, kind: Kind) -> Form:
             path = f"temporal.output_{len(outputs)}"
             if "temporal" not in dissected.root._modules:
                 dissected.root.add_module("temporal", nn.Module())
-            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(output.value.axes))
+            axes = output.value.axes
+            if kind == "clip" and output.own is not None:
+                path, axes = f"temporal.own_output_{len(outputs)}", output.own
+            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(axes))
             value = graph.call_module(path, (value, frames))
         outputs.append(value)
     graph.output((*outputs, *(new if kind != "clip" else ())))

@@ -171,7 +171,7 @@ class Inputs:
             elif layout is not None:
                 units.append(_laid_out(value, text))
             else:
-                units.append(_timed(value, dim))  # type: ignore[arg-type]
+                units.append(_timed(value, dim))
         timed = [unit for unit in units if unit is not None and unit.timed]
         if not timed:
             raise PlanError(
@@ -269,8 +269,8 @@ class Inputs:
             mates = [
                 y
                 for other, y in zip(self.tensors, found, strict=True)
-                if other.group == unit.group and other.time is not None and y.shape[other.time] == length
-            ]
+                if other.group == unit.group and y.shape[other.time] == length
+            ]  # type: ignore[index]
             if mates:
                 own = torch.arange(0, length, unit.rate, device=x.device)[: x.shape[dim]]
                 found[index] = mates[0].index_copy(dim, own, x)
@@ -360,12 +360,12 @@ def parse(text: str, shape: Sequence[int]) -> Axes:
             )
         if size % known or (not free and size != known):
             raise PlanError(f"layout {text!r}: a dimension of {size} is not a product with {known}")
-        factors: list[Factor] = []
+        factors = []
         for name, given in dim:
             kind = {"b": "N", "t": "T"}.get(name, "S")
-            made = Factor(kind, given if given is not None else size // known)  # type: ignore[arg-type]
-            if kind != "S" or made.size > 1:
-                factors.append(made)
+            factor = Factor(kind, given if given is not None else size // known)  # type: ignore[arg-type]
+            if kind != "S" or factor.size > 1:
+                factors.append(factor)
         axes.append(Axis(tuple(factors)))
     return Axes(tuple(axes))
 

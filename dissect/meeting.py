@@ -119,8 +119,7 @@ def ended(ctx: Context, value: Value, since: int | None = None) -> Value:
 def spread(ctx: Context, value: Value) -> Value:
     """A position that was repeated over time, for those who see its repetitions."""
     dim, count = value.axes.time, positions(value.axes)
-    assert dim is not None
-    assert count is not None
+    assert dim is not None and count is not None
     single = replace(value, axes=value.axes.replace(dim, Axis((Factor("T", 1),))), timing=value.clock.but(still=False))
     held = ended(ctx, single)
     if count == ctx.frames:

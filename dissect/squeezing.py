@@ -191,5 +191,5 @@ class _Squeeze:
         left = tuple(length for at, length in enumerate(size) if lead + 1 + at not in drop)
         if any(self.shapes[node][dim] != 1 for dim in drop) or not left:
             return None
-        self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))
+        self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))  # type: ignore[arg-type]
         return drop

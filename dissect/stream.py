@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect import forms
 from dissect.capturing import capture, copied
 from dissect.errors import NotStreamable, PlanError
-from dissect.inputs import Inputs
+from dissect.inputs import Input, Inputs
 from dissect.plan import Options, Plan
 from dissect.rewrite import Dissected, rewrite
 from dissect.timing import Timing
@@ -101,6 +101,20 @@ class Stream:
         """The network's own inputs for a dense stream: the inverse of :meth:`dense`."""
         return self.dissected.inputs.original(dense)
 
+    def apart(self, out: Any, frames: int, original: bool = False) -> Any:
+        """A result of the clip form, or of the original, for a clip of ``frames`` frames, as the chunk form gives it.
+
+        The two differ where the network merges time with other axes: the chunk form has it on an axis of its own.
+        """
+        leaves, spec = pytree.tree_flatten(out)
+        done = []
+        for leaf, output in zip(leaves, self.dissected.outputs, strict=True):
+            if output.own is not None and output.value is not None:
+                count = output.value.clock.length(frames) if original else frames
+                leaf = Input(output.own, leaf.dtype, leaf.device).dense(leaf, count)
+            done.append(leaf)
+        return pytree.tree_unflatten(done, spec)
+
     def leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The dense tensors of ``inputs``, one for each frame that a step takes."""
         return [leaf for leaf in pytree.tree_leaves(self.dissected.inputs.dense(inputs)) if isinstance(leaf, Tensor)]
@@ -151,7 +165,7 @@ class Stream:
     def trimmed(self, out: Any, start: int) -> Any:
         """An output of the clip form without its first ``start`` frames."""
         leaves = pytree.tree_leaves(out)
-        outputs = list(self.dissected.outputs)
+        outputs = [output for output in self.dissected.outputs]
         cut = []
         for leaf, output in zip(leaves, outputs, strict=True):
             if output.value is None or output.value.constant:
@@ -169,13 +183,12 @@ class Stream:
         return export(self, path, **options)
 
     def __repr__(self) -> str:
-        facts = f"preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes"
-        return f"Stream({self.dissected.captured.name}, {facts})"
+        return f"Stream({self.dissected.captured.name}, preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes)"
 
 
 def output_time(axes: Any) -> int:
     """The dimension that carries time in the clip form's output."""
-    return axes.time if axes.time is not None else min(2, len(axes))
+    return axes.time if axes.time is not None else min(2, len(axes))  # type: ignore[no-any-return]
 
 
 def _surgery(

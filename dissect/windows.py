@@ -297,12 +297,7 @@ def apply(ctx: Context, convert: Callable[..., Any], args: Sequence[Any], kwargs
 def leaves(*arguments: Any) -> list[Value]:
     """The values that depend on the clip among an operator's arguments."""
     found: list[Value] = []
-
-    def note(value: Value) -> Value:
-        found.append(value)
-        return value
-
-    changed(list(arguments), note)
+    changed(list(arguments), lambda value: (found.append(value), value)[1])
     return found
 
 
