@@ -74,7 +74,8 @@ class CacheSpec:
     """One cache: its graph input and output, its shape (``"batch"`` first, the rest fixed), dtype, module path, role.
 
     The role is ``"cache"``, ``"age"`` (int64 ``(batch,)``: frames seen) or ``"length"`` (int64 ``(batch,)``:
-    0 while the stream is live, the stream's length during its flush).
+    0 while the stream is live, the stream's length during its flush). Where a ``scale`` is given, the numbers stand
+    for ``scale * (number - zero_point)``; the zero point is 0 wherever this dissect wrote the file.
     """
 
     input: str
@@ -83,6 +84,8 @@ class CacheSpec:
     dtype: str = "float32"
     path: str = ""
     role: str = "cache"
+    scale: float | None = None
+    zero_point: int = 0
 
     @property
     def bytes(self) -> int:
@@ -172,6 +175,7 @@ class Contract:
                         "dtype": s.dtype,
                         "path": s.path,
                         "role": s.role,
+                        **({} if s.scale is None else {"scale": s.scale, "zero_point": s.zero_point}),
                     }
                     for s in self.caches
                 ]

@@ -24,9 +24,11 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
+from dissect.forms import Cache
 from dissect.lowering import lower
 from dissect.squeezing import squeeze
 from dissect.stream import Stream
+from dissect.tuning import tune
 
 __all__ = ["contract_of", "export"]
 
@@ -42,6 +44,7 @@ def export(
     preprocess: Any = None,
     labels: Sequence[str] | None = None,
     reset: bool = False,
+    live: bool = False,
 ) -> Path:
     """Write the step model of ``stream`` to ``path`` and return the path.
 
@@ -54,7 +57,7 @@ def export(
         raise ExportError(
             f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder"
         )
-    model = to_model(stream, preprocess, labels, reset)
+    model = to_model(stream, preprocess, labels, reset, live)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     with _beside(target) as partial:
         if size > LIMIT:
@@ -68,21 +71,26 @@ def export(
 
 
 def to_model(
-    stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False
+    stream: Stream,
+    preprocess: Any = None,
+    labels: Sequence[str] | None = None,
+    reset: bool = False,
+    live: bool = False,
 ) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
-    contract = contract_of(stream, preprocess, labels)
     step: Any = lower(stream)
     frames = [
         leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
         for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
     ]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
-    caches = [cache.spec.zeros(ROWS, torch.float32) for cache in stream.cache_list]
+    args = (*frames, *_fresh(stream.cache_list))
+    squeeze(step, args)
+    tuned = tune(step, stream.cache_list, frames, live=live)
+    step, args = tuned.module, (*frames, *_fresh(tuned.caches))
+    contract = contract_of(stream, preprocess, labels, tuned.caches)
     names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
     outs = [spec.name for spec in contract.outputs] + [cache.output for cache in contract.caches]
-    args: tuple[Tensor, ...] = (*frames, *caches)
-    squeeze(step, args)
     if reset:
         step = _Resetting(step, len(frames))
         args = (*args, torch.zeros(ROWS, dtype=torch.bool))
@@ -107,6 +115,10 @@ def to_model(
     _name_batch(model)
     model.metadata_props.update(contract.to_metadata())
     return model
+
+
+def _fresh(caches: Sequence[Cache]) -> list[Tensor]:
+    return [cache.spec.zeros(ROWS, torch.float32) for cache in caches]
 
 
 class _Flat(nn.Module):
@@ -182,8 +194,10 @@ def _name_batch(model: ir.Model) -> None:
                 value.shape[0] = ir.SymbolicDim("batch")  # type: ignore[index]
 
 
-def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None) -> Contract:
-    """All that a runner must know of the step model."""
+def contract_of(
+    stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, kept: Sequence[Cache] | None = None
+) -> Contract:
+    """All that a runner must know of the step model; ``kept``: its caches, if they are not those of the step form."""
     from dissect import __version__
 
     dissected = stream.dissected
@@ -217,7 +231,7 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
             cache.path,
             cache.spec.role,
         )
-        for cache in stream.cache_list
+        for cache in (stream.cache_list if kept is None else kept)
     )
     indices = iter(range(len(outputs)))
     positions = [next(indices) if _moves(output) else None for output in dissected.outputs]

@@ -1,0 +1,129 @@
+"""Calibrating: a step model's values over real streams, its caches evolving as they do in use.
+
+A stream is a video, a clip as the offline network takes it (``.npy``, ``.npz`` or an array with time in its third
+dimension), or any iterable of frames as :meth:`dissect.Runner.step` takes them. numpy and ONNX Runtime alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dissect.contract import Contract
+from dissect.errors import StreamError
+from dissect.playing import preprocess_of
+from dissect.runner import Runner
+from dissect.sessions import open_session
+from dissect.video import Video
+
+__all__ = ["Frames", "frames_of", "steps"]
+
+Frames = tuple[NDArray[Any], ...]
+"""One time of a stream: an array ``(1, ...)`` for each of the model's inputs."""
+
+Feed = dict[str, NDArray[Any]]
+
+
+def frames_of(source: Any, runner: Runner, limit: int) -> list[Frames]:
+    """The first ``limit`` frames of a stream, for the inputs of ``runner``.
+
+    Raises :class:`~dissect.StreamError` for what is no stream of such frames.
+    """
+    found = [tuple(_frame(part, spec) for part, spec in zip(parts, runner.inputs, strict=True)) for parts in
+             islice(_times(source, runner), limit)]  # fmt: skip
+    if not found:
+        raise StreamError(f"{_name(source)} holds no frames.")
+    return found
+
+
+def _times(source: Any, runner: Runner) -> Iterator[Sequence[Any]]:
+    count = len(runner.inputs)
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".npy", ".npz"):
+        source = _loaded(Path(source), count)
+    elif isinstance(source, (str, os.PathLike)):
+        yield from _pictures(source, runner)
+        return
+    clips = source if isinstance(source, tuple) else (source,)
+    if all(hasattr(clip, "shape") for clip in clips):
+        yield from _clip(clips, runner, source)
+        return
+    for frame in source:
+        parts = frame if isinstance(frame, (tuple, list)) else (frame,)
+        if len(parts) != count:
+            raise StreamError(f"A frame of this model has {count} part(s), and one of the stream has {len(parts)}.")
+        yield parts
+
+
+def _loaded(path: Path, count: int) -> tuple[NDArray[Any], ...]:
+    try:
+        held = np.load(path)
+    except (OSError, ValueError) as error:
+        raise StreamError(f"{path} cannot be read as an array: {error}") from error
+    clips = (held,) if isinstance(held, np.ndarray) else tuple(held[name] for name in held.files)
+    if len(clips) != count:
+        raise StreamError(f"{path} holds {len(clips)} array(s); the model takes {count}.")
+    return clips
+
+
+def _clip(clips: Sequence[Any], runner: Runner, source: Any) -> Iterator[Sequence[Any]]:
+    """The frames of clips ``(N, C, T, H, W)`` or ``(C, T, H, W)``; the rows of a batch one after another."""
+    rows = []
+    for clip, spec in zip(clips, runner.inputs, strict=True):
+        array = np.asarray(clip)
+        array = array[None] if array.ndim == len(spec.shape) else array
+        if array.ndim != len(spec.shape) + 1 or array.shape[:1] + array.shape[1:2] + array.shape[3:] != (
+            len(array), *spec.shape[1:],
+        ):  # fmt: skip
+            channels, *space = spec.shape[1:]
+            raise StreamError(
+                f"{_name(source)}: a clip for {spec.name} is (N, {channels}, T, {', '.join(map(str, space))}), "
+                f"and this one {array.shape}."
+            )
+        rows.append(array)
+    for row in range(len(rows[0])):
+        for time in range(rows[0].shape[2]):
+            yield [array[row, :, time * array.shape[2] // rows[0].shape[2]] for array in rows]
+
+
+def _pictures(source: Any, runner: Runner) -> Iterator[Sequence[Any]]:
+    preprocess, _ = preprocess_of(runner)
+    with Video(source) as video:
+        for picture in video:
+            if picture.index % preprocess.frame_stride == 0:
+                frame = preprocess(picture.image)
+                yield [frame] * len(runner.inputs)
+
+
+def _frame(part: Any, spec: Any) -> NDArray[Any]:
+    array = np.asarray(part, np.dtype(spec.dtype))
+    shape = tuple(spec.shape[1:])
+    if array.shape != shape and array.shape != (1, *shape):
+        raise StreamError(f"{spec.name}: a frame is {shape}, and one of the stream {array.shape}.")
+    return np.ascontiguousarray(array.reshape(1, *shape))
+
+
+def _name(source: Any) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"A {type(source).__name__}"
+
+
+def steps(model: bytes, contract: Contract, streams: Iterable[Sequence[Frames]]) -> Iterator[tuple[Feed, Feed]]:
+    """Step ``model`` through the streams, each from fresh caches: what goes in, and what comes out, by name."""
+    session = open_session(model, "cpu")
+    names = [entry.name for entry in session.get_outputs()]
+    reset = {"reset": np.zeros(1, bool)} if any(entry.name == "reset" for entry in session.get_inputs()) else {}
+    for frames in streams:
+        caches = {
+            cache.input: np.zeros((1, *(int(size) for size in cache.shape[1:])), cache.dtype)
+            for cache in contract.caches
+        }
+        for parts in frames:
+            feed = {**dict(zip((spec.name for spec in contract.inputs), parts, strict=True)), **caches, **reset}
+            results = dict(zip(names, session.run(names, feed), strict=True))
+            yield feed, results
+            caches = {cache.input: results[cache.output] for cache in contract.caches}

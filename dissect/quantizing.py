@@ -1,0 +1,446 @@
+"""Quantising: a float step model as one of 8-bit numbers, its caches too.
+
+ONNX Runtime's own static quantisation does the work (QDQ: activations in uint8, weights in int8, a scale for each
+channel). What is ours: ranges come from real streams, stepped with caches that evolve. All slots of one history, the
+value that enters it and what is joined from them share one scale, so that no cache is ever rescaled. A byte of zero means zero
+in every cache, so that a fresh stream is still all zeros: uint8 from 0 for what is never negative, int8 around 0
+for the rest. A cache that is computed from itself (a recurrence, a running mean) stays float, since its rounding
+would add up. numpy, onnx and ONNX Runtime alone; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dissect.calibrating import Frames, frames_of, steps
+from dissect.contract import Contract
+from dissect.errors import ExportError, StreamError
+from dissect.restacking import restack
+from dissect.runner import Runner
+
+__all__ = ["Agreement", "quantize"]
+
+#: operators that only move values, so that a cache that goes through them stays what it was
+_MOVES = {"Identity", "Slice", "Concat", "Reshape", "Gather", "Split", "Squeeze", "Unsqueeze", "Transpose", "Where"}
+
+#: operators that ONNX Runtime computes in 8 bits
+_OPERATORS = (
+    "Conv Gemm MatMul Add Mul Relu Clip LeakyRelu Sigmoid MaxPool AveragePool GlobalAveragePool Concat Pad Slice Split "
+    "Reshape Transpose Squeeze Unsqueeze Flatten Resize"
+).split()
+
+#: weights from which on a matrix product of vectors is worth its own scales
+LARGE = 1 << 16
+
+_TYPES = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an 8-bit step model compares with the float one it came from, over the calibration streams.
+
+    ``steps`` outputs were compared; ``top1`` of them have their largest score at the same place (None where the output
+    is no list of scores); ``error`` is the root of the mean squared difference over that of the float output.
+    ``layers`` convolutions and matrix products are in 8 bits of ``weighted``; caches took ``before`` bytes a stream
+    and take ``after``.
+    """
+
+    steps: int
+    top1: float | None
+    error: float
+    layers: int
+    weighted: int
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        same = "" if self.top1 is None else f"top-1 agreement {self.top1:.1%}, "
+        return (
+            f"{self.layers} of {self.weighted} layers in 8 bits, caches {self.before:,} to {self.after:,} bytes; "
+            f"over {self.steps} steps: {same}relative error {self.error:.3f}"
+        )
+
+
+def quantize(
+    model: str | os.PathLike[str] | bytes,
+    output: str | os.PathLike[str],
+    streams: Iterable[Any],
+    *,
+    keep: Sequence[str] = (),
+    frames: int = 200,
+    reduce_range: bool = False,
+) -> Agreement:
+    """Write the float step model ``model`` to ``output`` in 8 bits and say how well the two agree.
+
+    Args:
+        model: what :func:`dissect.export` wrote, or its bytes.
+        output: the new file. Its contract is the old one's, but for the types of the caches.
+        streams: what the ranges are taken from: paths of videos, ``.npy`` or ``.npz`` files of clips, clips as arrays, or
+            iterables of frames. A few dozen streams of the kind that the model will see are enough.
+        keep: patterns of layers that stay float, as ``"layer4.*"``; the last layer always does.
+        frames: how many frames of each stream are used at most.
+        reduce_range: weights of 7 bits, for processors whose 8-bit products saturate (x86 without VNNI).
+
+    Raises :class:`~dissect.StreamError` for a file that is no float step model and for streams that do not fit it.
+    """
+    target = Path(output)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ExportError(f"{target}: name a file in a folder that exists.")
+    runner = Runner(model, providers="cpu")
+    contract = Contract.from_metadata(runner.metadata)
+    narrow = [cache.input for cache in contract.caches if cache.role == "cache" and cache.dtype != "float32"]
+    if narrow:
+        raise StreamError(f"{narrow[0]} is no float32: quantise the step model as it was exported in float32.")
+    held = [frames_of(source, runner, frames) for source in streams]
+    if not held:
+        raise StreamError("There is nothing to calibrate with: give videos or clips.")
+    step = ir.serde.deserialize_model(
+        onnx.load(model) if not isinstance(model, bytes) else onnx.load_from_string(model)
+    )
+    restack(step)
+    before = _Observed(contract)
+    for _, results in steps(_bytes(step), contract, held):
+        before.see(results)
+    forms = forms_of(step.graph, contract, before.ranges)
+    with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
+        done = _quantized(step, contract, held, forms, _kept(step.graph, keep), reduce_range, Path(folder))
+    layers = sum(_weighted(node) and not _is_float(node) for node in done.graph)
+    new = narrowed(done.graph, contract, forms)
+    done.metadata_props.update(new.to_metadata())
+    written = _bytes(done)
+    after = _Observed(new)
+    for _, results in steps(written, new, held):
+        after.see(results)
+    target.write_bytes(written)
+    weighted = sum(_weighted(node) for node in step.graph)
+    return _compared(before, after, held, contract, layers, weighted, new.cache_bytes)
+
+
+class _Observed:
+    """What a model gave at each step, and the range of every cache."""
+
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        self.outputs: list[list[NDArray[Any]]] = []
+        self.ranges: dict[str, tuple[float, float]] = {}
+
+    def see(self, results: Mapping[str, NDArray[Any]]) -> None:
+        self.outputs.append([results[spec.name] for spec in self.contract.outputs])
+        for cache in self.contract.caches:
+            if cache.role == "cache":
+                value = results[cache.output]
+                low, high = self.ranges.get(cache.input, (0.0, 0.0))
+                self.ranges[cache.input] = (min(low, float(value.min())), max(high, float(value.max())))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a group of tensors is held in 8 bits: ``value = scale * number``, so that a zero is a zero."""
+
+    dtype: str
+    scale: float
+    tensors: frozenset[str]
+
+
+def forms_of(graph: ir.Graph, contract: Contract, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Form]:
+    """For each cache that goes to 8 bits, by its input's name, its form; slots of one history share theirs."""
+    values = {value.name: value for value in graph.inputs} | {value.name: value for value in graph.outputs}
+    forms: dict[str, Form] = {}
+    for cache in contract.caches:
+        if cache.role != "cache" or cache.input in forms:
+            continue
+        group = _moved([values[cache.input], values[cache.output]], contract, values)
+        mine = [other for other in contract.caches if other.input in group]
+        if _feeds_back([values[other.input] for other in mine], group):
+            continue
+        low = min(ranges[other.input][0] for other in mine)
+        high = max(ranges[other.input][1] for other in mine)
+        form = Form("uint8", high / 255 or 1.0, group) if low >= 0 else Form("int8", max(-low, high) / 127, group)
+        forms |= {other.input: form for other in mine}
+    return forms
+
+
+def _moved(seeds: Sequence[ir.Value], contract: Contract, values: Mapping[str | None, ir.Value]) -> frozenset[str]:
+    """The names of all that holds the same numbers as the seeds, moved, joined or cut, from one step to the next."""
+    pairs = {cache.input: cache.output for cache in contract.caches}
+    pairs |= {output: given for given, output in pairs.items()}
+    found: set[str] = set()
+    waiting = list(seeds)
+    while waiting:
+        value = waiting.pop()
+        if (
+            value.name is None
+            or value.name in found
+            or value.dtype != ir.DataType.FLOAT
+            or value.const_value is not None
+        ):
+            continue
+        found.add(value.name)
+        if value.name in pairs:
+            waiting.append(values[pairs[value.name]])
+        maker = value.producer()
+        near = [use.node for use in value.uses()] + ([maker] if maker is not None else [])
+        for node in near:
+            if node.op_type in _MOVES:
+                waiting += [part for part in (*node.inputs, *node.outputs) if part is not None]
+    return frozenset(found)
+
+
+def _feeds_back(seeds: Sequence[ir.Value], group: frozenset[str]) -> bool:
+    """Whether what is computed from the caches of a group, and not only moved, comes back to them."""
+    moved, computed = list(seeds), list[ir.Value]()
+    while moved:
+        for use in moved.pop().uses():
+            (moved if use.node.op_type in _MOVES else computed).extend(use.node.outputs)
+    reached: set[int] = set()
+    while computed:
+        value = computed.pop()
+        if id(value) in reached:
+            continue
+        reached.add(id(value))
+        if value.name in group:
+            return True
+        computed += [output for use in value.uses() for output in use.node.outputs]
+    return False
+
+
+def _quantized(
+    step: ir.Model,
+    contract: Contract,
+    streams: Sequence[Sequence[Frames]],
+    forms: Mapping[str, Form],
+    kept: Sequence[str],
+    reduce_range: bool,
+    folder: Path,
+) -> ir.Model:
+    """The model with quantisation and its inverse written around every operator that ONNX Runtime has in 8 bits."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """What goes into the model, step by step."""
+
+        def __init__(self) -> None:
+            self.feeds = (feed for feed, _ in steps(_bytes(step), contract, streams))
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return next(self.feeds, None)
+
+    types = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
+    overrides = {
+        name: [
+            {
+                "quant_type": types[form.dtype],
+                "scale": np.array(form.scale, np.float32),
+                "zero_point": np.array(0, form.dtype),
+            }
+        ]
+        for form in forms.values()
+        for name in form.tensors
+    }
+    (folder / "step.onnx").write_bytes(_bytes(step))
+    with _quiet():
+        quantize_static(
+            folder / "step.onnx",
+            folder / "quantized.onnx",
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(_OPERATORS),
+            per_channel=True,
+            reduce_range=reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(kept),
+            extra_options={"TensorQuantOverrides": overrides},
+        )
+    return ir.load(folder / "quantized.onnx")
+
+
+def narrowed(graph: ir.Graph, contract: Contract, forms: Mapping[str, Form]) -> Contract:
+    """Let the caches come and go in 8 bits, in place; returns the contract that says so."""
+    inputs = {value.name: value for value in graph.inputs}
+    for cache in contract.caches:
+        if cache.input in forms:
+            _take(graph, inputs[cache.input], forms[cache.input])
+    for cache in contract.caches:
+        if cache.input in forms:
+            index = next(at for at, value in enumerate(graph.outputs) if value.name == cache.output)
+            graph.outputs[index] = _give(graph, graph.outputs[index], cache.output, forms[cache.input])
+    for node in reversed(list(graph)):
+        if not any(list(value.uses()) or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    caches = tuple(
+        replace(cache, dtype=forms[cache.input].dtype, scale=forms[cache.input].scale, zero_point=0)
+        if cache.input in forms
+        else cache
+        for cache in contract.caches
+    )
+    return replace(contract, caches=caches)
+
+
+def _take(graph: ir.Graph, value: ir.Value, form: Form) -> None:
+    """Make a graph input 8 bits wide; readers of its float get it through a DequantizeLinear."""
+    shape, name = value.shape, value.name
+    readers = [(use.node, use.idx) for use in value.uses()]
+    value.type = ir.TensorType(_TYPES[form.dtype])
+    number: ir.Value | None = None
+    for node, index in readers:
+        if node.op_type == "QuantizeLinear":
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        elif node.op_type == "Identity" and node.outputs[0].is_graph_output():
+            node.outputs[0].type = value.type
+        else:
+            if number is None:
+                back = ir.node("DequantizeLinear", [value, *_parameters(graph, form)])
+                back.outputs[0].name, back.outputs[0].shape = f"{name}_float", shape
+                back.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+                graph.insert_before(graph[0], back)
+                number = back.outputs[0]
+            node.replace_input_with(index, number)
+
+
+def _give(graph: ir.Graph, value: ir.Value, name: str, form: Form) -> ir.Value:
+    """The 8-bit value for a graph output that is a float so far."""
+    maker = value.producer()
+    if maker is not None and maker.op_type == "Identity" and value.dtype == _TYPES[form.dtype]:
+        return value
+    narrow: ir.Value | None = None
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        narrow = maker.inputs[0]
+    node = (
+        ir.node("Identity", [narrow])
+        if narrow is not None
+        else ir.node("QuantizeLinear", [value, *_parameters(graph, form)])
+    )
+    graph.append(node)
+    value.name = f"{name}_float"
+    out = node.outputs[0]
+    out.name, out.type, out.shape = name, ir.TensorType(_TYPES[form.dtype]), value.shape
+    return out
+
+
+def _parameters(graph: ir.Graph, form: Form) -> list[ir.Value]:
+    """Scale and zero point of a form as constants of the graph."""
+    made = []
+    for part, array in (("scale", np.float32(form.scale)), ("zero", np.zeros((), form.dtype))):
+        name = f"{sorted(form.tensors)[0]}_{part}"
+        if name not in graph.initializers:
+            value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array), name=name))
+            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(())  # type: ignore[union-attr]
+            graph.register_initializer(value)
+        made.append(graph.initializers[name])
+    return made
+
+
+def _weighted(node: ir.Node) -> bool:
+    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def _is_float(node: ir.Node) -> bool:
+    """Whether a layer of a quantised model computes in float."""
+    weight = node.inputs[1]
+    maker = None if weight is None else weight.producer()
+    return maker is None or maker.op_type != "DequantizeLinear"
+
+
+def _path(node: ir.Node) -> str:
+    """The module path of a layer, which the exporter left in the name of its weight."""
+    names = [value.name or "" for value in node.inputs if value is not None and value.const_value is not None]
+    return names[0].removeprefix("step.").rpartition(".")[0].removesuffix(".kernels") if names else ""
+
+
+def _kept(graph: ir.Graph, patterns: Sequence[str]) -> list[str]:
+    """The names of layers that stay float: those that were asked for, and the last."""
+    layers = [node for node in graph if _weighted(node)]
+    last = [node for node in layers if not _another_follows(node)]
+    kept = [node for node in layers if any(fnmatchcase(_path(node), pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(fnmatchcase(_path(node), pattern) for node in layers):
+            raise StreamError(
+                f"keep={pattern!r} fits no layer; there are {', '.join(filter(None, map(_path, layers)))}."
+            )
+    small = [node for node in graph if not _spatial(node) and not (_weighted(node) and _weights(node) >= LARGE)]
+    return [str(node.name) for node in (*kept, *last, *small)]
+
+
+def _spatial(node: ir.Node) -> bool:
+    """Whether a node gives maps, not vectors: those are few numbers, with much to lose and nothing to gain."""
+    shape = node.outputs[0].shape
+    return shape is not None and len(shape) == 4 and any(size != 1 for size in shape[2:])
+
+
+def _weights(node: ir.Node) -> int:
+    return max((value.const_value.size for value in node.inputs if value is not None and value.const_value), default=0)
+
+
+def _another_follows(node: ir.Node) -> bool:
+    """Whether a layer with weights reads what this one gave."""
+    waiting, seen = list(node.outputs), set[int]()
+    while waiting:
+        for use in waiting.pop().uses():
+            if id(use.node) in seen:
+                continue
+            seen.add(id(use.node))
+            if _weighted(use.node):
+                return True
+            waiting += use.node.outputs
+    return False
+
+
+def _compared(
+    before: _Observed,
+    after: _Observed,
+    streams: Sequence[Sequence[Frames]],
+    contract: Contract,
+    layers: int,
+    weighted: int,
+    narrow: int,
+) -> Agreement:
+    """The agreement of the first output, where it exists."""
+    delay = contract.outputs[0].delay
+    times = [time for frames in streams for time in range(len(frames))]
+    pairs = [
+        (old[0].astype(np.float64), new[0].astype(np.float64))
+        for time, old, new in zip(times, before.outputs, after.outputs, strict=True)
+        if time >= delay
+    ]
+    if not pairs:
+        raise StreamError(f"Every stream is shorter than the delay of {delay} frames; give longer ones.")
+    scores = pairs[0][0].ndim == 2 and pairs[0][0].shape[1] > 1
+    same = [bool((old.argmax(1) == new.argmax(1)).all()) for old, new in pairs] if scores else []
+    missed = sum(float(((old - new) ** 2).sum()) for old, new in pairs)
+    whole = sum(float((old**2).sum()) for old, _ in pairs)
+    error = float(np.sqrt(missed / whole)) if whole else float(missed > 0)
+    return Agreement(
+        len(pairs), float(np.mean(same)) if scores else None, error, layers, weighted, contract.cache_bytes, narrow
+    )
+
+
+def _bytes(model: ir.Model) -> bytes:
+    return bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without ONNX Runtime's advice to run other tools first: an exported step needs none of them."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
