@@ -42,6 +42,7 @@ _HOME = {
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
+    "quantize": "quantizing",
     "verify": "verifying",
     "zoo": "",
 }
@@ -69,6 +70,7 @@ __all__ = [
     "load",
     "per_frame",
     "pointwise",
+    "quantize",
     "verify",
     "zoo",
 ]
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from dissect.opaque import per_frame
     from dissect.plan import Plan
     from dissect.preprocess import Preprocess
+    from dissect.quantizing import quantize
     from dissect.registry import converter, pointwise
     from dissect.rewrite import Refused
     from dissect.runner import Runner

@@ -21,6 +21,7 @@ from dissect.convolution import FrameConv, TemporalConv
 from dissect.forms import Form
 from dissect.primitives import stacked
 from dissect.stream import Stream
+from dissect.wrapping import recast
 
 __all__ = ["Affine", "LoweredConv", "lower"]
 
@@ -136,11 +137,9 @@ def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
-    form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
-    for node in module.graph.nodes:  # a cast to the network's own precision is one to that of the step
-        if dtype != torch.float64 and node.op == "call_function":
-            node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: dtype if leaf is torch.float64 else leaf)
+    form.to(dtype)
+    if dtype != torch.float64:  # a cast to the network's own precision is one to that of the step
+        recast(module, torch.float64, dtype)
     settle(module)
     fold(module)
     drop(module)

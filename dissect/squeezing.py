@@ -268,7 +268,8 @@ class _Flatten(_Squeeze):
 
     def cache_of(self, node: fx.Node) -> list[fx.Node]:
         """The cache of a history of points that only pools and delays read."""
-        if type(self.layer_of(node)) is not History:
+        layer = self.layer_of(node)
+        if not isinstance(layer, History) or type(layer) is not History or layer.depth == 0:
             return []
         caches: Any = node.kwargs.get("caches", ())
         readers = [reader for known in node.users if known.args[1] == 0 for reader in known.users]

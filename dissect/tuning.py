@@ -42,10 +42,18 @@ class Tuned:
     caches: tuple[Cache, ...]
 
 
-def tune(module: fx.GraphModule, caches: Sequence[Cache], frames: Sequence[Tensor], *, live: bool = False) -> Tuned:
+def tune(
+    module: fx.GraphModule,
+    caches: Sequence[Cache],
+    frames: Sequence[Tensor],
+    *,
+    live: bool = False,
+    blocked: bool = True,
+) -> Tuned:
     """Rewrite a lowered step, in place. ``frames`` are like those that it will get.
 
     ``live``: the stream has no end and its warm-up does not matter, see :func:`dissect.gating.steady`.
+    ``blocked``: for a runtime with a blocked layout on a CPU; without it, convolutions over time stay whole.
     """
     dtype = next((frame.dtype for frame in frames if frame.is_floating_point()), torch.get_default_dtype())
 
@@ -55,12 +63,14 @@ def tune(module: fx.GraphModule, caches: Sequence[Cache], frames: Sequence[Tenso
     kept = steady(module, caches) if live else tuple(caches)
     kept = flatten(module, given(), kept)
     shapes = shapes_of(module, given())
-    kept = widen(module, kept, shapes)
-    shapes = shapes_of(module, given())
+    if blocked:
+        kept = widen(module, kept, shapes)
+        shapes = shapes_of(module, given())
     shared(module, {node: len(shape) for node, shape in shapes.items()})
-    split(module)
-    append(module, shapes)
-    onto(module, shapes)
+    if blocked:
+        split(module)
+        append(module, shapes)
+        onto(module, shapes)
     kept = slotted(module, kept)
     module.recompile()
     return Tuned(module, kept)
