@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dissect.converters.stacked import stacked_conv
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
@@ -101,8 +102,9 @@ def convolve(
         raise Refused(
             "a convolution of an input without a batch dimension", "give the network clips with a batch dimension"
         )
+    stacked = "T" in x.axes[1].kinds
     for dim, axis in enumerate(x.axes.dims):
-        if dim != 0 and not axis.plain and not (dim > 1 and axis.is_time):
+        if dim != 0 and not axis.plain and not (dim == 1 and stacked) and not (dim > 1 and axis.is_time):
             raise Refused(
                 f"a convolution over an axis that merges {axis.kinds.replace('S', 'space ').replace('T', 'time ')}".rstrip()
             )
@@ -121,6 +123,8 @@ def convolve(
         "dilation": [dilation[dim] for dim in space],
         "groups": groups,
     }
+    if stacked:
+        return stacked_conv(ctx, x, weight, bias, settings)
     axes = x.axes.replace(1, type(x.axes[1])()).sized((x.shape[0], *ctx.out_shape[1:]))
     if time is None:
         return build(ctx, FrameConv, x, x, weight, bias, axes, x.clock.plain(), settings)
@@ -223,7 +227,7 @@ def build(
     def module(weight: torch.Tensor | None, bias: torch.Tensor | None) -> FrameConv:
         if weight is not None and fold is not None:
             weight = folded(weight, settings["time"], fold)
-        return kind(weight, bias, **settings)  # type: ignore[no-any-return]
+        return kind(weight, bias, **settings)
 
     layer = ctx.layer(module, {"weight": weight, "bias": bias})
     if layer is not None:

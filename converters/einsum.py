@@ -72,9 +72,9 @@ def contract(
 ) -> Value:
     """The sum over all labels that ``out`` does not name of the product of ``values``.
 
-    Time under one label is a frame each; summed over, a window of sums. Under two labels, one is that of the keys: it becomes
-    a window (``key`` says which, or what follows does), and the newest frame alone asks; where the plan wants them all
-    (``ctx.whole``), both become windows.
+    Time under one label is a frame each; summed over, a window of sums. Under two labels, one is that of the keys: it
+    becomes a window (``key`` says which, or what follows does), and the newest frame alone asks; where the plan wants
+    them all (``ctx.whole``), both become windows.
     """
     if any(
         "N" in axis.kinds
@@ -104,7 +104,7 @@ def contract(
         raise Refused("a product of three frames of different times")
     if len(timed) == 2 and not keys:
         keys = set(timed) if ctx.node.name in ctx.whole else {key if key in timed else key_of(ctx.node, timed, out)}
-        ctx.matrices[len(ctx.rows)] = ctx.node.name
+        ctx.matrices[ctx.node.name] = frozenset({len(ctx.rows)})
     first = not present
     done = []
     for value, names in zip(values, labels, strict=True):
@@ -134,7 +134,8 @@ def contract(
     ]
     sizes = {label: axis.space for label, axis in inner.items()}
     node = emit(ctx, nodes, terms, [ROWS, *(label for label in out if label in inner)], sizes)
-    axes = Axes(tuple(resolved[label] for label in out)).windowed(lambda held: replace(held, zero=False, weights=False))
+    weighing = keys if len(timed) == 2 and len(keys) == 1 else set()  # what the newest frame has to do with each other
+    axes = Axes(tuple(told(resolved[label], label in weighing) for label in out))
     result = Value(node, axes, clock.plain(), ctx.node.meta["val"].dtype)
     for factor, size in scale:
         part = ctx.graph.call_function(share, (count(ctx, factor), size, result.node))
@@ -142,6 +143,11 @@ def contract(
     if any("T" in resolved[label].kinds for label in summed):
         return ctx.pool_time(result, "sum", axes)
     return result
+
+
+def told(axis: Axis, weights: bool) -> Axis:
+    """The axis of a result: the weights of positions, if it is one, are still that."""
+    return Axes((axis,)).windowed(lambda held: replace(held, zero=False, weights=weights or held.weights))[0]
 
 
 def time_of(value: Value, names: Labels) -> Hashable | None:

@@ -67,7 +67,7 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
         return slice_time(ctx, x, dim, chosen[0], chosen[0] + 1, 1)
     step = chosen[start + 1] - chosen[start] if stop - start > 1 else 0
     before, behind = chosen[:start], chosen[stop:]
-    if step > 0 and max(len(before), len(behind)) < stop - start:
+    if step > 0 and len(before) + len(behind) < (stop - start if step == 1 else 1):
         main = slice_time(ctx, x, dim, chosen[start], chosen[stop - 1] + 1, step)
         if not before and not behind:
             return main
@@ -230,8 +230,13 @@ def cumsum(ctx: Context, x: Value, dim: int, *, dtype: Any = None) -> Value:
         return x if at is None else ctx.call(torch.cumsum, (x, at + 1), x.axes, x.clock.plain(), to)
     if not axis.is_time:
         raise Refused("a running sum over the batch, or over an axis that merges time with others")
+    ctx.mixes(x)
     x = ctx.gate(ctx.settled(x))
-    ctx.row("running sum since the stream began", exact=ctx.exact, reason="" if ctx.exact else "of every frame so far")
+    ctx.row(
+        "running sum since the stream began, which grows without bound",
+        exact=ctx.exact,
+        reason="" if ctx.exact else "of every frame so far",
+    )
     timing = x.clock.plain().but(nonneg=x.clock.nonneg, endless=True)
     return ctx.primitive("sum", RunningSum(x.axes.frame, x.clock.stride), (x,), x.axes, timing, to)
 

@@ -37,6 +37,12 @@ _KEEPS_ZERO = (
     aten.round.default,
 )
 _NONNEG = (aten.relu.default, aten.relu6.default, aten.abs.default, aten.sqrt.default)
+#: may give no number, or none that is finite, of a finite one
+_WILD = (
+    *(aten.sqrt.default, aten.rsqrt.default, aten.log.default, aten.log1p.default, aten.reciprocal.default),
+    *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.addcdiv.default),
+)
+_QUOTIENTS = (aten.div, aten.remainder, aten.fmod)
 _NONNEG_ALWAYS = (*_NONNEG, aten.sigmoid.default, aten.exp.default, aten.hardsigmoid.default, aten.softplus.default)
 _OTHER = (
     aten.sigmoid.default,
@@ -120,6 +126,9 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
             not value.constant for value in values
         )
     timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
+    quotient = getattr(target, "overloadpacket", None) in _QUOTIENTS
+    if target in _WILD or (quotient and isinstance(args[1], Value) and not args[1].constant):
+        timing = timing.but(wild=True)
     operands = iter(values)
     args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
     kwargs = {key: next(operands) if isinstance(arg, Value) else arg for key, arg in kwargs.items()}
@@ -216,4 +225,5 @@ patient(
     aten.lift_fresh_copy.default,
     aten.detach_.default,
     aten.to.dtype,
+    aten.copy.default,
 )

@@ -214,11 +214,11 @@ def spaced(x: torch.Tensor, name: str, lead: int, options: dict[str, Any]) -> to
     """A spatial pool of a frame tensor with ``lead`` dimensions before its spatial ones."""
     target = getattr(F, name)
     if lead == 1:
-        return target(x, **options)  # type: ignore[no-any-return]
+        return target(x, **options)
     if lead == 0:
-        return target(x.unsqueeze(1), **options).squeeze(1)  # type: ignore[no-any-return]
+        return target(x.unsqueeze(1), **options).squeeze(1)
     y = target(x.flatten(0, lead - 1), **options)
-    return y.reshape(*x.shape[:lead], *y.shape[1:])  # type: ignore[no-any-return]
+    return y.reshape(*x.shape[:lead], *y.shape[1:])
 
 
 @converter(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)

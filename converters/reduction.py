@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dissect.converters.sorting import place
 from dissect.ledger import Axes, Axis
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
@@ -73,10 +74,10 @@ def amin(ctx: Context, x: Value, dims: Any = (), keepdim: bool = False) -> Value
 
 
 @converter(aten.max.dim)
-def max_dim(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
-    return reduce(ctx, x, "max", dim, keepdim), None
+def max_dim(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value | None]:
+    return reduce(ctx, x, "max", dim, keepdim), place(ctx, x, dim, keepdim, torch.argmax)
 
 
 @converter(aten.min.dim)
-def min_dim(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
-    return reduce(ctx, x, "min", dim, keepdim), None
+def min_dim(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value | None]:
+    return reduce(ctx, x, "min", dim, keepdim), place(ctx, x, dim, keepdim, torch.argmin)

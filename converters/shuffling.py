@@ -36,9 +36,9 @@ def channel_shuffle(ctx: Context, x: Value, groups: int) -> Value:
 def shuffled(x: Tensor, target: Any, lead: int, factor: int) -> Tensor:
     """A pixel shuffle of a frame tensor with ``lead`` dimensions before its channels."""
     if lead == 0:
-        return target(x, factor)  # type: ignore[no-any-return]
+        return target(x, factor)
     y = target(x.flatten(0, lead), factor)
-    return y.reshape(*x.shape[: lead + 1], *y.shape[1:])  # type: ignore[no-any-return]
+    return y.reshape(*x.shape[: lead + 1], *y.shape[1:])
 
 
 def interleaved(x: Tensor, groups: int) -> Tensor:

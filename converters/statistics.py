@@ -26,7 +26,8 @@ aten = torch.ops.aten
 class WindowMoments(Primitive):
     """Mean and variance of all that lies in a window, from those of each position: ``(rows, 2 * F)``, means first.
 
-    ``seen`` is how many of the window's positions lie after the clip's start, ``inside`` how many of these before its end.
+    ``seen`` is how many of the window's positions lie after the clip's start, ``inside`` how many of these before
+    its end.
     """
 
     def __init__(self, positions: int, stride: int) -> None:
@@ -57,7 +58,7 @@ class WindowMoments(Primitive):
 
 
 def of_frame(x: Tensor, view: Sequence[int] | None, dims: Sequence[int]) -> Tensor:
-    """Mean and variance of each row over ``dims``, flat: ``(rows, 2 * F)``; without dims, each number is its own mean."""
+    """Mean and variance of each row over ``dims``, ``(rows, 2 * F)``; without dims, each number is its own mean."""
     x = x if view is None else x.reshape(x.shape[0], *view)
     if not dims:
         x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
@@ -89,7 +90,8 @@ def moments(
 ) -> tuple[Value, Any]:
     """Mean and variance over ``dims`` of the frame (seen as ``view``), and over time; and the count of positions.
 
-    ``size`` is the number of means, ``back`` says that every position is then normalised by them, ``counted`` that the count is used.
+    ``size`` is the number of means, ``back`` says that every position is then normalised by them, ``counted`` that the
+    count is used.
     """
     axes = Axes((Axis((Factor("N", x.shape[0]),)), plain_axis(2 * size)))
     y = ctx.call(of_frame, (x, view, list(dims)), axes, x.clock.plain(), x.dtype)

@@ -27,9 +27,10 @@ def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: in
         x = ctx.sure(x)
     size = x.shape[dim]
     clock = x.clock
-    cropped = size - stop
+    count = len(range(first, stop, step))
+    cropped = size - stop if first + count * step < size else 0  # what a stride leaves over is no crop
     length = clock.length.then(-first - cropped - 1, step)
-    out = x.axes.sized((*x.shape[:dim], len(range(first, stop, step)), *x.shape[dim + 1 :]))
+    out = x.axes.sized((*x.shape[:dim], count, *x.shape[dim + 1 :]))
     facts: dict[str, Any] = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
     if ctx.exact:
         timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
@@ -38,10 +39,8 @@ def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: in
         ctx.row("crop of the clip" if first or cropped else "temporal stride removed", exact=True, **facts)
         return Value(x.node, out, timing.certain(ctx.frames), x.dtype)
     spacing = clock.stride if ctx.preset == "causal" else clock.removed
-    before, after = (
-        max(0, timing.owed(ctx.frames, gap))
-        for timing, gap in ((clock, spacing), (clock.but(length=length), spacing * step))
-    )
+    before = clock.owed(ctx.frames, spacing)
+    after = clock.but(length=length).owed(ctx.frames, spacing * step)
     late = after - before - first * spacing
     back = -(-max(0, late) // spacing) * clock.stride
     decision = f"as it was {back} frame{'s' * (back > 1)} ago" if back else "every frame"
@@ -163,7 +162,10 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
         y = ctx.sure(y)
         if all(silent(part) for part in right):
             y = ctx.gate(y)
-        elif all(part.value.node is main.node and part.end and part.index == 1 for part in right):
+        elif all(
+            part.value.node is main.node and part.end and offset(ctx, part, main.clock, at) == at * main.clock.stride
+            for at, part in enumerate(right, 1)
+        ):
             y = hold(ctx, y, ctx.inside(y.clock))
         else:
             y = behind_of(ctx, y, right, dim)
@@ -174,7 +176,7 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
         y = ctx.gate(ctx.sure(y)) if left else y
         timing = y.clock.but(delay=y.clock.delay - before, length=length)
     elif y.clock.delay == 0 and all(
-        part.value.node is main.node and part.axis is None and part.index == 0 for part in left
+        part.value.node is main.node and part.axis is None and part.index == 0 == source(part) for part in left
     ):
         timing = y.clock.plain().but(delay=-before, length=length, first=True)
     else:

@@ -1,8 +1,9 @@
 """Transposed convolutions, over space, over time, or both.
 
-Over time with stride f, output position j of the original is the sum of the taps k with ``(j + p - k * dilation) % f == 0``,
-each on the input position ``(j + p - k * dilation) / f``. In the stream that is a plain convolution over the last
-frames, once every frame between two positions is set to zero: the zeros take out the taps of the other phases.
+Over time with stride f, output position j of the original is the sum of the taps k with
+``(j + p - k * dilation) % f == 0``, each on the input position ``(j + p - k * dilation) / f``. In the stream that is a
+plain convolution over the last frames, once every frame between two positions is set to zero: the zeros take out the
+taps of the other phases.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def folded(
     gap: int,
     facts: dict[str, Any],
 ) -> Value:
-    """Without the stride that it makes good, it is a convolution: each tap on its position of the past, a mean over the phases."""
+    """Without the stride that it makes good, it is a convolution: taps on positions of the past, a mean over phases."""
     if timing.removed % step:
         raise Refused(
             f"a transposed convolution of stride {step} over time where no stride of {step} came before: "
@@ -144,7 +145,7 @@ def build(
     settings: dict[str, Any],
     fold: tuple[list[int], int] | None = None,
 ) -> Value:
-    """Emit the convolution over the values of the given ages, with its weights at the layer's path where it owns them."""
+    """Emit the convolution over the values of the given ages, with the layer's own weights where it has some."""
     single = len(ages) == 1
 
     def module(weight: Tensor | None, bias: Tensor | None) -> FrameConv:

@@ -17,82 +17,13 @@ from torch.nn import functional as F
 
 from dissect.converters.convolution import strided
 from dissect.ledger import Axis, Factor, plain_axis
-from dissect.primitives import CacheSpec, Primitive, Query, WindowReduce, lifted
+from dissect.phases import PhaseMix, phases
+from dissect.primitives import Query, WindowReduce
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-
-
-class PhaseMix(Primitive):
-    """The last positions of a value, mixed by weights that follow the frames since the newest.
-
-    ``weights`` is ``(stride, positions)``, oldest first; without it the newest position is held. ``edges`` are the clock's
-    masks of the two positions: one that lies outside the clip leaves its weight to the other, as a clamped index does.
-    """
-
-    def __init__(self, frame: Sequence[int], weights: Tensor | None = None) -> None:
-        super().__init__()
-        self.frame = tuple(frame)
-        self.depth = 1 if weights is None else weights.shape[1]
-        self.register_buffer("weights", weights, persistent=False)
-
-    @property
-    def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
-        channels, *rest = self.frame or (1,)
-        return (CacheSpec((self.depth * channels, *rest)),)
-
-    def forward(
-        self,
-        x: Tensor,
-        since: Tensor,
-        edges: Sequence[Tensor] = (),
-        caches: tuple[Tensor] | None = None,
-        frames: int | None = None,
-    ) -> Any:
-        shape = x.shape
-        x = x.reshape(shape[0], -1) if x.dim() == 1 else x
-        channels = x.shape[1]
-        if frames is None:
-            assert caches is not None
-            (cache,) = caches
-            newer = x if self.depth == 1 else torch.cat([cache[:, channels:], x], 1)
-            held = torch.where(lifted(since, x) < 0.5, newer, cache)
-            positions = list(held.split(channels, 1))
-            new = held
-        else:
-            batch = x.shape[0] // frames
-            past = (
-                x.new_zeros(batch, self.depth, *x.shape[1:])
-                if caches is None
-                else caches[0].reshape(batch, self.depth, *x.shape[1:])
-            )
-            known = torch.cat([past, x.reshape(batch, frames, *x.shape[1:])], 1)
-            due = since.reshape(batch, frames) < 0.5
-            # Where in `known` the positions are: those of the cache, then the frames that are due, in order.
-            kept = torch.arange(self.depth, device=x.device).expand(batch, -1)
-            places = torch.cat([kept, self.depth + torch.argsort(~due, dim=1, stable=True)], 1)
-            rows = torch.arange(batch, device=x.device)[:, None]
-            at = due.long().cumsum(1)
-            picked = [known[rows, places.gather(1, at + slot)] for slot in range(self.depth)]
-            positions = [pick.flatten(0, 1) for pick in picked]
-            new = torch.cat([pick[:, -1] for pick in picked], 1)
-        return self.mixed(positions, since, edges).reshape(shape), (new,)
-
-    weights: Tensor | None
-
-    def mixed(self, positions: list[Tensor], since: Tensor, edges: Sequence[Tensor]) -> Tensor:
-        if self.weights is None:
-            return positions[0]
-        older, newer = self.weights.to(since.dtype)[since.long()].unbind(1)
-        if edges:
-            lost, late = older * (1 - edges[0]), newer * (1 - edges[1])
-            older, newer = older - lost + late, newer - late + lost
-        return positions[0] * lifted(older, positions[0]) + positions[1] * lifted(newer, positions[1])
-
-    def extra_repr(self) -> str:
-        return f"frame={self.frame}, positions={self.depth}"
 
 
 def resized(x: Tensor, lead: int, options: dict[str, Any]) -> Tensor:
@@ -228,7 +159,8 @@ def in_time(ctx: Context, x: Value, time: int, mode: str, align: bool | None, sc
     near = [factor for factor in near if factor > 1 and (corners or abs(more - less * factor) < factor)]
     if not near:
         raise Refused(
-            f"a resampling of {count} positions to {wanted}, which is no whole factor: where its positions lie follows the clip's length",
+            f"a resampling of {count} positions to {wanted}, which is no whole factor: "
+            "where its positions lie follows the clip's length",
             "resample time by a whole factor",
         )
     factor = next((factor for factor in near if not up or taken % factor == 0), near[0])
@@ -281,29 +213,13 @@ def spaced(stride: int, factor: int) -> int:
     return stride // factor
 
 
-def phases(stride: int, factor: int, corners: bool) -> tuple[Tensor, int]:
-    """Weights of the older and the newer position by the frames since the newer one, and the frames to wait for it.
-
-    Output ``i * factor + r`` lies at position ``i + offset(r)``; with a positive offset it waits for position ``i + 1``.
-    """
-    offsets = [r / factor if corners else (2 * r + 1 - factor) / (2 * factor) for r in range(factor)]
-    first = next(r for r, offset in enumerate(offsets) if offset > 0)
-    step = stride // factor
-    wait = stride - first * step
-    table = torch.zeros(stride, 2, dtype=torch.float64)
-    for since in range(stride):
-        offset = offsets[(since - wait) % stride // step]
-        newer = offset if offset > 0 else 1 + offset
-        table[since, 0], table[since, 1] = 1 - newer, newer
-    return table, wait
-
-
 def unneeded(ctx: Context, x: Value, axes: Any, factor: int, length: Any) -> Value:
     """A stride that was removed needs no upsampling: every frame has its own value already."""
     clock = x.clock
     if clock.removed % factor:
         raise Refused(
-            f"upsampling of time by {factor} without a stride of {factor} before it: a step gives no more outputs than it gets frames",
+            f"upsampling of time by {factor} where no stride of {factor} came before: "
+            "a step cannot give more outputs than it is given frames",
             "upsample by what strides took out before, or after the stream",
         )
     ctx.row(

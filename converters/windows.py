@@ -50,9 +50,10 @@ def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, 
     zeros = [bool(held_by(value)) and all(held.zero for held in held_by(value)) for value in moving]
     first = isinstance(args[0], Value) and not args[0].constant and zeros[0]
     zero = first and (target in pointwise._KEEPS_ZERO or target in (aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar))
-    zero = any(zeros) if target is aten.mul.Tensor else zero
+    zero = any(zeros) and not result.clock.wild if target is aten.mul.Tensor else zero
     timing = result.clock.but(newest=result.clock.newest - whole) if result.time is not None else result.clock
-    return replace(result, axes=known(result.axes, zero=zero), timing=timing)
+    weights = all(held.weights for value in moving for held in held_by(value))
+    return replace(result, axes=known(result.axes, zero=zero, weights=weights), timing=timing)
 
 
 def held_by(value: Value) -> list[Any]:
@@ -183,7 +184,7 @@ def select(ctx: Context, convert: Convert, x: Value, dim: int, index: int) -> Va
     """One entry of a window: that position of the clip, counted from its end."""
     dim %= len(x.axes)
     if "K" not in x.axes[dim].kinds:
-        return convert(ctx, x, dim, index)  # type: ignore[no-any-return]
+        return convert(ctx, x, dim, index)
     if x.axes[dim].kinds != "K":
         raise Refused("a selection from an axis that merges time with others")
     at = x.axes.kept(dim)
@@ -247,8 +248,8 @@ def reduce(ctx: Context, convert: Convert, x: Value, dims: Any = None, *args: An
     over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     chosen = [dim % rank for dim in over if "K" in x.axes[dim % rank].kinds]
     given = () if dims is None else (dims,)
-    target: Any = ctx.node.target
-    fill = _REDUCED[target]
+    target = ctx.node.target
+    fill = _REDUCED[target]  # type: ignore[index]
     for dim in chosen:
         if fill or not all(held.zero for held in held_by(replace(x, axes=Axes((x.axes[dim],))))):
             x = masked(ctx, x, fill, dim)

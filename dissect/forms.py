@@ -179,7 +179,10 @@ def build(dissected: Dissected, kind: Kind) -> Form:
             path = f"temporal.output_{len(outputs)}"
             if "temporal" not in dissected.root._modules:
                 dissected.root.add_module("temporal", nn.Module())
-            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(output.value.axes))
+            axes = output.value.axes
+            if kind == "clip" and output.own is not None:
+                path, axes = f"temporal.own_output_{len(outputs)}", output.own
+            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(axes))
             value = graph.call_module(path, (value, frames))
         outputs.append(value)
     graph.output((*outputs, *(new if kind != "clip" else ())))

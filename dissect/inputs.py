@@ -235,17 +235,14 @@ class Inputs:
 
     def is_dense(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` are dense inputs already."""
-        leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
-        groups = self.groups
+        leaves, groups = pytree.tree_leaves(tuple(args)), self.groups
         if len(leaves) != len(groups) or any(
-            leaf.dim() != len(unit.dense_axes) for leaf, unit in zip(leaves, groups, strict=True)
+            not isinstance(leaf, Tensor) or leaf.dim() != len(unit.dense_axes)
+            for leaf, unit in zip(leaves, groups, strict=True)
         ):
             return False
-        return (
-            self.plain
-            or len(leaves) != len(self.tensors)
-            or not all(unit.plain or unit.scalar for unit in self.tensors)
-        )
+        own = all(unit is not None and unit.plain for unit in self.units)
+        return self.plain or len(groups) != len(self.tensors) or not own
 
     def streams(self, args: Sequence[Any], frames: int | None = None) -> list[Tensor]:
         """Every input as its frames at every frame of the stream, from the network's own inputs or dense ones.

@@ -34,9 +34,8 @@ class LoweredConv(nn.Module):
         self.conv = conv
         self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
         taps = conv.taps(conv.weight.detach())
-        kernels = (
-            ([conv.stacked(taps)] if conv.groups == 1 else list(taps)) if isinstance(conv, TemporalConv) else [taps[0]]
-        )
+        whole = isinstance(conv, TemporalConv) and conv.groups == 1
+        kernels = [conv.stacked(taps)] if isinstance(conv, TemporalConv) and whole else list(taps)
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         conv.register_parameter("weight", None)

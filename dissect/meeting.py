@@ -27,9 +27,10 @@ def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
     """The operands, where a single position meets many as one value of the clip, and where all are values of the clip, at one end."""
     values = [spread(ctx, value) if value.clock.still else value for value in values]
     sizes = [positions(value.axes) for value in values]
-    if 1 in sizes and any(size is not None and size > 1 for size in sizes):
+    if 1 in sizes and any(size != 1 for size in sizes):
         since = min(
-            value.clock.delay for value, size in zip(values, sizes, strict=True) if size is not None and size > 1
+            (value.clock.delay for value, size in zip(values, sizes, strict=True) if size is not None and size > 1),
+            default=None,
         )
         values = [ended(ctx, value, since) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
     if any(value.time is not None or value.clock.running for value in values):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dissect.ledger import Axes, Axis, Factor
 from dissect.rewrite import Value
 
 __all__ = ["Shifted", "Still", "Unshiftable"]
@@ -47,15 +49,24 @@ _POOLS = {
 
 _OVER_TIME = (
     *(aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min),
+    *(aten.std, aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm),
     *[getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)],
 )
 
-_ADAPTIVE = {aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d}
-_ADAPTIVE |= {aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d}
+
+_PICKS = (aten.unfold, aten.roll, aten.index_select, aten.index)
 
 
 class Unshiftable(Exception):
     """This network has an operator whose edges cannot be moved; there is no such oracle for it."""
+
+
+def offline(value: Value) -> Value:
+    """A value as the original has it: what a stream keeps as a window of positions is its axis of time."""
+    if value.constant or value.time is not None or sum(axis.kinds.count("K") for axis in value.axes.dims) != 1:
+        return value
+    timed = (Axis(tuple(Factor("T", f.size) if f.kind == "K" else f for f in axis.factors)) for axis in value.axes.dims)
+    return replace(value, axes=Axes(tuple(timed)))
 
 
 class _Edges(fx.Interpreter):
@@ -63,7 +74,7 @@ class _Edges(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value]) -> None:
         super().__init__(module)
-        self.trace = trace
+        self.trace = {name: offline(value) for name, value in trace.items()}
 
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
         raise NotImplementedError
@@ -79,11 +90,6 @@ class _Edges(fx.Interpreter):
         if value is None or value.time is None or not value.axes[value.time].is_time:
             return super().run_node(n)
         packet = n.target.overloadpacket
-        out = self.trace.get(n.name)
-        if packet in _ADAPTIVE and out is not None and out.time is not None and out.shape != value.shape:
-            kept = out.axes[out.time].size
-            if 1 < kept < value.axes[value.time].size:
-                raise Unshiftable("an adaptive pool over time moves with its edges")
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
             return self.conv(_CONV[packet], value.time, *args, **kwargs)
@@ -98,7 +104,16 @@ class _Edges(fx.Interpreter):
             return self.pad(value.time, *args, **kwargs)
         if packet in _TRANSPOSED:
             return self.transposed(_TRANSPOSED[packet], value.time, *args, **kwargs)
-        if packet is aten.slice and (args[1] if len(args) > 1 else 0) % args[0].dim() == value.time:
+        if packet is aten.diff and (args[2] if len(args) > 2 else -1) % args[0].dim() == value.time:
+            x = args[0]
+            for _ in range(args[1] if len(args) > 1 else 1):
+                x = self.edge(x, value.time, 1, 1, 0, 0.0).diff(dim=value.time)
+            return x
+        if (
+            n.name in self.trace
+            and packet is aten.slice
+            and (args[1] if len(args) > 1 else 0) % args[0].dim() == value.time
+        ):
             step = args[4] if len(args) > 4 else 1
             return aten.slice(self.cut(args[0], value, self.trace.get(n.name)), value.time, None, None, step)
         return super().run_node(n)
@@ -109,14 +124,17 @@ class _Edges(fx.Interpreter):
 
     def main(self, n: fx.Node) -> fx.Node | None:
         """Of tensors that are put together along time, the one that goes on with the stream: the others are edges."""
-        if n.target is aten.cat.default:
-            parts, dim = list(n.args[0]), n.args[1] if len(n.args) > 1 else 0  # type: ignore[arg-type]
+        if n.target in (aten.cat.default, aten.stack.default):
+            parts: list[Any] = list(n.args[0])  # type: ignore[arg-type]
+            dim: Any = n.args[1] if len(n.args) > 1 else 0
         elif n.target in (aten.slice_scatter.default, aten.select_scatter.default):
+            if n.target is aten.slice_scatter.default and len(n.args) > 5 and n.args[5] != 1:
+                raise Unshiftable("it writes every so many frames")
             parts, dim = [n.args[0], n.args[1]], n.args[2] if len(n.args) > 2 else 0
         else:
             return None
         out = self.trace.get(n.name)
-        if out is None or out.constant or not out.axes[int(dim) % len(out.shape)].is_time:  # type: ignore[arg-type]
+        if out is None or out.constant or not out.axes[dim % len(out.shape)].is_time:
             return None
         found: list[Any] = []
         for part in parts:
@@ -127,16 +145,31 @@ class _Edges(fx.Interpreter):
                 and not value.clock.still
                 and len(value.shape) == len(out.shape)
             ):
-                axis = value.axes[dim]  # type: ignore[index]
+                axis = value.axes[dim]
                 found += [(axis.size, len(found), part)] if axis.is_time else []
+        if not found and out.shape[dim] != self.frames(out):
+            raise Unshiftable("it goes over a part of the clip's frames")
         return max(found)[2] if found else None
 
+    def frames(self, value: Value) -> int:
+        """The positions that a value would have if nothing cut any off."""
+        longest = max(
+            other.shape[other.time] for other in self.trace.values() if not other.constant and other.time is not None
+        )
+        return -(-longest // value.clock.stride)
+
     def ends(self, n: fx.Node, value: Value) -> bool:
-        """The operator leaves one position of several."""
-        if n.target in (aten.max.dim, aten.min.dim):
-            return n.args[1] % len(value.shape) == value.time  # type: ignore[operator]
-        out = self.trace.get(n.name)
-        return out is None or out.time is None or out.shape[out.time] == 1
+        """The operator leaves one position for the whole clip."""
+        packet = n.target.overloadpacket  # type: ignore[union-attr]
+        if "adaptive" in str(packet):
+            sizes: Any = n.args[1]
+            at = value.time - (len(value.shape) - len(sizes))  # type: ignore[operator]
+            return bool(at >= 0 and sizes[at] == 1)
+        at = 2 if packet is aten.linalg_vector_norm else 1
+        dims: Any = n.args[at] if len(n.args) > at else n.kwargs.get("dim")
+        if dims is None or isinstance(dims, bool) or dims == []:
+            return True
+        return value.time in [dim % len(value.shape) for dim in ([dims] if isinstance(dims, int) else dims)]
 
     def newest(self, x: Tensor, value: Value) -> Tensor:
         """As many positions as the original has there, the newest: moved edges may leave more."""
@@ -280,6 +313,10 @@ class Shifted(_Edges):
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
         if value is not None and value.time is not None and isinstance(n.target, torch._ops.OpOverload):
             packet, after = n.target.overloadpacket, n.meta["val"]
+            if packet in _PICKS and (
+                len(n.args) < 2 or not isinstance(n.args[1], int) or n.args[1] % len(value.shape) == value.time
+            ):
+                raise Unshiftable("it picks or moves frames by their number")
             if packet in _RESAMPLING and after.shape[value.time] != value.shape[value.time]:
                 raise Unshiftable("it resamples time")
             inside = len(n.args[1]) if packet is aten.layer_norm else len(value.shape) - 2  # type: ignore[arg-type]

@@ -67,14 +67,25 @@ def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) 
     offline.run(*pytree.tree_leaves(own))
     recorder = _Recorder(stream.chunk.__dict__["run"])
     chunk = stream.chunk
-    stream.chunk = lambda *args: _with(recorder, chunk, args)  # type: ignore[assignment]
+    rows = stream.leaves(inputs)[0].shape[0]
+    parts: dict[str, list[Tensor]] = {}
+
+    def recorded(*args: Any) -> Any:  # clip and flush may come in several chunks
+        out = _with(recorder, chunk, args)
+        for name, value in recorder.seen.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] % rows == 0:
+                parts.setdefault(name, []).append(value.unflatten(0, (rows, -1)))
+        return out
+
+    stream.chunk = recorded  # type: ignore[assignment]
     try:
         stream.offline(*inputs)
     finally:
         stream.chunk = chunk
+    seen = {name: torch.cat(part, 1).flatten(0, 1) for name, part in parts.items() if _fit(part)}
     total = frames + stream.flush_frames(frames)
     for name, value in stream.dissected.trace.items():
-        wanted, got = offline.seen.get(name), recorder.seen.get(value.node.name)
+        wanted, got = offline.seen.get(name), seen.get(value.node.name)
         if value.constant or value.time is None or not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
             continue
         if got.shape[0] % total:
@@ -87,6 +98,11 @@ def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) 
         if _differ(streamed, torch.stack(split_frames(wanted, value.axes))):
             return f"first parts at {name}"
     return ""
+
+
+def _fit(parts: list[Tensor]) -> bool:
+    """They differ in the number of frames alone."""
+    return len({(part.shape[0], part.shape[2:]) for part in parts}) == 1
 
 
 def _with(recorder: _Recorder, form: Any, args: tuple[Any, ...]) -> Any:

@@ -243,20 +243,24 @@ def lifted(mask: Tensor, like: Tensor) -> Tensor:
 
 
 class Gate(Primitive):
-    """Sets a value to ``fill`` where the clock's mask is 0: what a padding shows outside the clip."""
+    """Sets a value to ``fill`` where the clock's mask is 0: what a padding shows outside the clip.
 
-    def __init__(self, fill: float = 0.0) -> None:
+    ``wild``: what stands there may be no number, so that a product with 0 will not do.
+    """
+
+    def __init__(self, fill: float = 0.0, wild: bool = False) -> None:
         super().__init__()
         self.fill = fill
+        self.wild = wild
 
     def forward(self, x: Tensor, mask: Tensor, frames: int | None = None) -> Tensor:
         mask = lifted(mask, x)
-        if self.fill == 0.0:
+        if self.fill == 0.0 and not self.wild:
             return x * mask
         return torch.where(mask > 0, x, torch.full((), self.fill, dtype=x.dtype, device=x.device))
 
     def extra_repr(self) -> str:
-        return f"fill={self.fill}"
+        return f"fill={self.fill}" + (", wild" if self.wild else "")
 
 
 class WindowReduce(Primitive):

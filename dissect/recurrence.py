@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dissect.primitives import CacheSpec, Primitive, lifted
 
-__all__ = ["KINDS", "FrameRecurrence", "Kind", "Recurrence", "Recurrent"]
+__all__ = ["KINDS", "FrameRecurrence", "Kind", "Loop", "Recurrence", "Recurrent"]
 
 States = tuple[Tensor, ...]
 
@@ -213,6 +213,18 @@ class Recurrence(Recurrent):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, levels={self.levels}, carried={self.carried}"
+
+
+class Loop(Recurrent):
+    """A recurrence whose cell is a graph of its own: inputs, carried values and constants to outputs and new carried values."""
+
+    def __init__(self, body: nn.Module, carried: Sequence[Sequence[int]]) -> None:
+        super().__init__(carried)
+        self.body = body
+
+    def once(self, inputs: Sequence[Tensor], states: States, held: Sequence[Any]) -> tuple[States, States]:
+        outputs, new = self.body(*states, *inputs, *held)
+        return outputs, new
 
 
 class FrameRecurrence(nn.Module):

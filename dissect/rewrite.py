@@ -21,6 +21,8 @@ from torch.fx.node import map_aggregate, map_arg
 
 from dissect import ledger
 from dissect.capturing import Captured
+from dissect.carried import carried
+from dissect.carrying import FILLED, Carrying, recurring
 from dissect.errors import DissectError, Refusal
 from dissect.holding import FirstHistory
 from dissect.inputs import Inputs
@@ -33,7 +35,7 @@ from dissect.timing import Timing, joined
 from dissect.unrolling import Loop, loops, rolled, unlisted
 from dissect.windows import apply, outward
 
-__all__ = ["Context", "Dissected", "Refused", "Value", "rewrite"]
+__all__ = ["Context", "Dissected", "Refused", "Value", "converted", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Output:
-    """One leaf of the network's result: its value, or a Python constant."""
+    """One leaf of the network's result: its value, or a Python constant.
+
+    ``own`` is the original's ledger where that merges time with other axes; the value has it on an axis of its own.
+    """
 
     value: Value | None
     literal: Any = None
+    own: Axes | None = None
 
 
 @dataclass(frozen=True)
@@ -140,18 +146,16 @@ class Context:
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
         self.element_size = 4
-        self.grain = (
-            1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
-        )
+        # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
+        self.grain = 1
         self.readers = {
             captured.tensors[node.name][0]: len(node.users)
             for node in captured.graph.nodes
             if node.op == "placeholder" and node.name in captured.tensors
         }
-        self.whole: frozenset[str] = (
-            frozenset()
-        )  # products across time of which every position is wanted, not the newest alone
-        self.matrices: dict[int, str] = {}
+        # products across time of which every position is wanted, not the newest alone
+        self.whole: frozenset[str] = frozenset()
+        self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
         self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -415,6 +419,7 @@ class Context:
             return spread(self, value)
         if clock.first:
             value = self.delay(value, -clock.delay)
+            value = replace(value, timing=value.clock.but(first=False))
         late = self.delay(value, clock.wait)
         return late if self.exact else replace(late, timing=late.clock.but(delay=clock.delay, wait=0))
 
@@ -512,8 +517,10 @@ class Context:
         key = gated(value, fill)
         if key not in self._gates:
             mask = self.inside(value.clock)
-            timing = value.clock.but(fill=fill)
-            self._gates[key] = self.primitive("gate", Gate(fill), (value, mask), value.axes, timing, value.dtype)
+            timing = value.clock.but(fill=fill, wild=False)
+            self._gates[key] = self.primitive(
+                "gate", Gate(fill, value.clock.wild), (value, mask), value.axes, timing, value.dtype
+            )
         return replace(self._gates[key], axes=value.axes)
 
     def pool_time(
@@ -580,6 +587,8 @@ class Context:
         out = self.primitive(
             "pool", reduce, (history,), axes, timing.but(old=clock.old + ages[0]), value.dtype, **extra
         )
+        if not value.axes.frame:  # a history has a dimension for it
+            out = replace(out, node=self.graph.call_function(torch.reshape, (out.node, (-1,))))
         self.row(
             f"{note}, {kind}",
             exact=exact,
@@ -619,6 +628,8 @@ def gated(value: Value, fill: float) -> tuple[Any, ...]:
 
 def op_name(target: Any) -> str:
     """``aten.conv3d`` for ``torch.ops.aten.conv3d.default``."""
+    if callable(target) and not isinstance(target, torch._ops.OpOverload) and hasattr(target, "__name__"):
+        return str(target.__name__)
     return re.sub(r"\.(default|Tensor|int|dim|using_ints|padding|Scalar|vec|input)$", "", str(target))
 
 
@@ -650,7 +661,7 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
         if node.op == "placeholder":
             if node.name in captured.inputs:
                 active[node] = []
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target not in FILLED:
             reads = [arg for arg in dict.fromkeys(node.all_input_nodes) if arg in active]
             if not reads:
                 continue
@@ -674,22 +685,32 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
     work = unlisted(captured, inputs)
-    while found := loops(work):
+    while True:
+        found, chained = loops(work), recurring(work)
+        if not found and not chained:
+            break
         trace = _walk(work, options, inputs).trace
         over_time = [loop for loop in found if _over_time(loop, trace)]
-        if not over_time:
+        if over_time:
+            work = rolled(work, over_time)
+            continue
+        chains = [loop for loop in chained if _over_time(loop, trace)]
+        if not chains:
             break
-        work = rolled(work, over_time)
+        work = carried(work, chains[0])
     done = _walk(work, options, inputs)
-    if (
-        done.doubted and not done.refusals
-    ):  # more than the newest position's attention is read: perhaps that of a whole window will do
-        again = _walk(work, options, inputs, done.doubted)
-        done = again if not again.refusals and all(row.verdict == "exact" for row in again.rows) else done
+    whole: frozenset[str] = frozenset()
+    again = done
+    while again.doubted - whole and not again.refusals:
+        # More than the newest position is read of what was made of a whole window: perhaps windows all along will do.
+        whole |= again.doubted
+        again = _walk(work, options, inputs, whole)
+    if not again.refusals and all(row.verdict == "exact" for row in again.rows):
+        done = again
     return replace(done, captured=captured)
 
 
-def _over_time(loop: Loop, trace: Mapping[str, Value]) -> bool:
+def _over_time(loop: Loop | Carrying, trace: Mapping[str, Value]) -> bool:
     """Whether a loop goes over the frames of its sources, and takes nothing else that has frames."""
     sources = [(trace.get(node.name), dim) for node, dim in loop.sources]
     shared = [trace.get(node.name) for node in loop.shared]
@@ -735,10 +756,8 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
             flat = node.args[0]
             outputs = [Output(values[leaf]) if isinstance(leaf, fx.Node) else Output(None, leaf) for leaf in flat]
             continue
-        ctx.path = path_of(node, captured)
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         try:
-            values[node] = map_aggregate(_convert(ctx, node, list(args), dict(kwargs)), ctx.confirmed)
+            values[node] = converted(ctx, node, values)
         except (Refused, LedgerError) as refused:
             fix = refused.fix if isinstance(refused, Refused) else "reshape batch and time as whole axes"
             refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), fix, ctx.source))
@@ -758,9 +777,16 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         trace,
         ctx.grain,
         frozenset(
-            name for row, name in ctx.matrices.items() if ctx.exact and row < len(ctx.rows) and ctx.rows[row].future
+            name for name, rows in ctx.matrices.items() if ctx.exact and any(ctx.rows[row].future for row in rows)
         ),
     )
+
+
+def converted(ctx: Context, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """One captured node, its arguments' values known."""
+    ctx.node, ctx.path = node, path_of(node, ctx.captured)
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    return map_aggregate(_convert(ctx, node, list(args), dict(kwargs)), ctx.confirmed)
 
 
 def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -831,7 +857,9 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
             )
             if ctx.exact and late and not (ctx.clock and ctx.clock[0].flushes):
                 value = ctx.gate(value)  # no layer asks when the clip ends, but the flush must be told
-            outputs[index] = Output(ctx.delay(value, latest - value.clock.delay))
+            value = ctx.delay(value, latest - value.clock.delay)
+            apart = ledger.apart(value.axes)
+            outputs[index] = Output(replace(value, axes=apart), own=None if apart is value.axes else value.axes)
     ctx.graph.output(tuple(output.value.node for output in outputs if output.value is not None))
     ctx.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     live = {node.target for node in ctx.graph.nodes if node.op == "get_attr"}

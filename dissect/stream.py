@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect import forms
 from dissect.capturing import capture, copied
 from dissect.errors import NotStreamable, PlanError
-from dissect.inputs import Inputs
+from dissect.inputs import Input, Inputs
 from dissect.plan import Options, Plan
 from dissect.rewrite import Dissected, rewrite
 from dissect.timing import Timing
@@ -100,6 +100,20 @@ class Stream:
     def original(self, *dense: Any) -> tuple[Any, ...]:
         """The network's own inputs for a dense stream: the inverse of :meth:`dense`."""
         return self.dissected.inputs.original(dense)
+
+    def apart(self, out: Any, frames: int, original: bool = False) -> Any:
+        """A result of the clip form, or of the original, for a clip of ``frames`` frames, as the chunk form gives it.
+
+        The two differ where the network merges time with other axes: the chunk form has it on an axis of its own.
+        """
+        leaves, spec = pytree.tree_flatten(out)
+        done = []
+        for leaf, output in zip(leaves, self.dissected.outputs, strict=True):
+            if output.own is not None and output.value is not None:
+                count = output.value.clock.length(frames) if original else frames
+                leaf = Input(output.own, leaf.dtype, leaf.device).dense(leaf, count)
+            done.append(leaf)
+        return pytree.tree_unflatten(done, spec)
 
     def leaves(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The dense tensors of ``inputs``, one for each frame that a step takes."""

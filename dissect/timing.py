@@ -92,6 +92,7 @@ class Timing:
     still       all its positions are one: the only one of a slice, repeated
     first       the first frame stands in front of position 0, as often as is asked for; ``delay`` counts from there
     newest      rows of the plan that are exact only at the last position of a clip
+    wild        what stands outside its positions may be no number at all (a division by zero)
     endless     depends on every frame so far, so that no still scene reaches a steady state
     """
 
@@ -111,6 +112,7 @@ class Timing:
     still: bool = False
     newest: frozenset[int] = frozenset()
     endless: bool = False
+    wild: bool = False
 
     @property
     def receptive_field(self) -> int:
@@ -160,5 +162,6 @@ def joined(timings: Iterable[Timing]) -> Timing:
         running=any(timing.running for timing in known),
         newest=frozenset().union(*(timing.newest for timing in known)),
         endless=any(timing.endless for timing in known),
+        wild=any(timing.wild for timing in known),
         wait=max(timing.wait for timing in known),
     )

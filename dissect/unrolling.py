@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.capturing import Captured
 from dissect.inputs import Inputs
 
-__all__ = ["Loop", "frame_of", "frames_to", "loops", "rolled", "unlisted"]
+__all__ = ["Frame", "Loop", "frame_in", "frame_of", "frames_to", "loops", "rolled", "unlisted"]
 
 aten = torch.ops.aten
 _SUMS = {
@@ -140,11 +140,10 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
             assert body is not None
             count = len(loop.copies)
             stacked = loop.end.target is not aten.cat.default
-            dim: Any = (
-                loop.end.args[1] if len(loop.end.args) > 1 and stacked is (loop.end.target is aten.stack.default) else 0
-            )
             chain = loop.end.target in _SUMS
-            dim = 1 if chain else int(dim) % loop.end.meta["val"].dim()
+            at = 2 if loop.end.target is aten.select_scatter.default else 1
+            along: Any = loop.end.args[at] if len(loop.end.args) > at else 0
+            dim = 1 if chain else along % loop.end.meta["val"].dim()
             result = graph.create_node(
                 "call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}"
             )
@@ -171,27 +170,43 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
         parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
         if len(parts) > 1 and all(isinstance(part, fx.Node) for part in parts):
             yield parts
+    elif node.target is aten.select_scatter.default and not any(
+        user.target is node.target and user.args[0] is node for user in node.users
+    ):
+        size = node.meta["val"].shape[node.args[2]]
+        written: dict[int, fx.Node] = {}
+        end: Any = node
+        while isinstance(end, fx.Node) and end.target is node.target and end.args[2] == node.args[2]:
+            written.setdefault(end.args[3] % size, _written(end.args[1]))
+            end = end.args[0]
+        if len(written) == size > 1:
+            yield [written[index] for index in range(size)]
     elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
-        terms: list[fx.Node] = []
+        terms: list[Any] = []
         at: Any = node
         while isinstance(at, fx.Node) and at.target is node.target and not at.kwargs and len(at.args) == 2:
-            terms.append(at.args[1])  # type: ignore[arg-type]
+            terms.append(at.args[1])
             at = at.args[0]
         terms.append(at)
-        terms = [term for term in reversed(terms) if not isinstance(term, int)]
+        terms = [term for term in reversed(terms) if term != 0]
         if len(terms) > 1 and all(isinstance(term, fx.Node) for term in terms):
             yield terms
 
 
-def _frame(node: fx.Node) -> Frame | None:
+def _written(node: Any) -> fx.Node:
+    """What a copy writes into a tensor of the same shape."""
+    whole = node.target is aten.copy.default and _shape(node) == _shape(node.args[1])
+    return node.args[1] if whole else node  # type: ignore[no-any-return]
+
+
+def frame_in(node: fx.Node) -> Frame | None:
     """The node as one frame of a tensor, if it is that."""
     args: Any = node.args
     if node.target is aten.select.int:
         size = args[0].meta["val"].shape[args[1]]
         return Frame(args[0], args[1] % args[0].meta["val"].dim(), args[2] % size, False)
     if node.target is aten.slice.Tensor:
-        given: list[Any] = [*args, *[0, None, None, 1][len(args) - 1 :]]
-        source, dim, start, stop = given[:4]
+        source, dim, start, stop = (*args, *(0, None, None)[len(args) - 1 :])[:4]
         value = source.meta["val"]
         first, last, _ = slice(start, stop).indices(value.shape[dim])
         return Frame(source, dim % value.dim(), first, True) if last - first == 1 and value.shape[dim] > 1 else None
@@ -269,7 +284,7 @@ class _Matcher:
 
     def frames(self, row: tuple[fx.Node, ...]) -> list[Frame] | None:
         """The row as frames of one tensor, evenly spaced and in order, if it is that."""
-        found = [_frame(node) for node in row]
+        found = [frame_in(node) for node in row]
         first = found[0]
         if first is None or self.constant(first.source):
             return None
@@ -314,7 +329,7 @@ class _Matcher:
         graph, first = row[0].graph, frames[0]
         source, size = first.source, first.source.meta["val"].shape[first.dim]
         step = frames[1].index - first.index
-        stop = frames[-1].index + 1
+        stop = frames[-1].index + 1 if frames[-1].index + step < size else size
         if (first.index, step, stop) != (0, 1, size):
             part = (source, first.dim, first.index, stop, step)
             value = source.meta["val"]

@@ -168,7 +168,7 @@ class _Verifier:
         stream = self.stream
         self.say("clip form")
         inputs = self.clip(3, frames)
-        whole = stream.clip(*inputs)
+        whole = stream.apart(stream.clip(*inputs), frames)
         out, *final = stream.chunk(*inputs, *stream.caches(3))
         self.compare("clip form = one chunk", f"batch 3, {frames} frames", out, whole, self.tolerance)
         for sizes in ((1, 2, 5), (2,)):
@@ -188,7 +188,8 @@ class _Verifier:
         what = f"one row of three reset after {reset} frames, outputs and caches"
         self.compare("clip form = step form", what, late, (again, fresh), self.tolerance)
         one = self.cut(inputs, 0, frames, 0)
-        self.compare("batch 1 = batch 3", "clip form", self.take(whole, 0), stream.clip(*one), self.tolerance)
+        single = stream.apart(stream.clip(*one), frames)
+        self.compare("batch 1 = batch 3", "clip form", self.take(whole, 0), single, self.tolerance)
 
     def chunked(self, inputs: tuple[Any, ...], frames: int, sizes: Sequence[int]) -> tuple[Any, Sequence[Tensor]]:
         caches: Sequence[Tensor] = self.stream.caches(3)
@@ -275,7 +276,7 @@ class _Verifier:
             inputs = self.clip(1, frames)
             try:
                 with evaluating(run):
-                    wanted = run(*_cloned(self.stream.original(*inputs)))
+                    wanted = self.stream.apart(run(*_cloned(self.stream.original(*inputs))), frames, original=True)
             except Exception:
                 if frames == self.lengths()[0]:
                     raise
@@ -340,7 +341,7 @@ class _Verifier:
         out = None
         for _ in range(steady):
             out, *caches = self.stream.step(*frame, *caches)
-        leaves = pytree.tree_leaves(wanted)
+        leaves = pytree.tree_leaves(self.stream.apart(wanted, frames, original=True))
         ends = []
         for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True):
             axes = None if output.value is None or output.value.constant else output.value.axes
@@ -361,7 +362,8 @@ class _Verifier:
         wanted = self.imagined(oracle.Shifted, model, inputs, pair, what)
         if wanted is None:
             return
-        out = self.stream.clip(*inputs)
+        out = self.stream.apart(self.stream.clip(*inputs), frames)
+        wanted = self.stream.apart(wanted, frames, original=True)
         got, kept = [], []
         for leaf, want, output in zip(
             pytree.tree_leaves(out), pytree.tree_leaves(wanted), self.stream.dissected.outputs, strict=True

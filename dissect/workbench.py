@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dissect import benchmarking
 from dissect.errors import DissectError, ExportError, PlanError
-from dissect.options import merged
+from dissect.options import Shape, merged
 from dissect.playing import read_labels
 from dissect.preprocess import Preprocess
 from dissect.rendering import amount, kilobytes
@@ -72,7 +72,10 @@ def work_of(model: str | None, given: Mapping[str, Any]) -> Work:
     def noise(shape: Any) -> Any:
         if isinstance(shape, list):
             return [noise(part) for part in shape]
-        return torch.randn(shape, generator=random)
+        dtype = getattr(torch, getattr(shape, "dtype", "float32"))
+        if not dtype.is_floating_point:
+            return torch.randint(0, 256, tuple(shape), generator=random, dtype=dtype)
+        return torch.randn(tuple(shape), generator=random, dtype=torch.float64).to(dtype)
 
     example = tuple(noise(shape) for shape in given["shapes"] or [_CLIP])
     if model is None and given["arch"] is None:
@@ -98,7 +101,16 @@ def stream_of(work: Work, given: Mapping[str, Any]) -> Stream:
         given["pool"],
         given["window"],
         given["time_dim"],
+        _layouts(given["layouts"]),
+        given["rates"],
     )
+
+
+def _layouts(given: Sequence[str]) -> str | tuple[str | None, ...] | None:
+    """One layout for all inputs, or one each; a dash stands for an input without time."""
+    if len(given) < 2:
+        return given[0] if given else None
+    return tuple(None if text == "-" else text for text in given)
 
 
 def describe(stream: Stream, given: Mapping[str, Any]) -> str:
@@ -132,7 +144,9 @@ def shapes_of(runner: Runner, frames: int = 16) -> list[tuple[int, ...]]:
 
 def batched(shape: Any, batch: int) -> Any:
     """The sizes of an input, or of a list of them, with another batch."""
-    return [batched(part, batch) for part in shape] if isinstance(shape, list) else (batch, *shape[1:])
+    if isinstance(shape, list):
+        return [batched(part, batch) for part in shape]
+    return Shape((batch, *shape[1:]), getattr(shape, "dtype", "float32"))
 
 
 @contextmanager

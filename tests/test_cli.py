@@ -245,6 +245,10 @@ def test_rules_of_ones_own(tmp_path: Path) -> None:
         (["--set", "nosuchlayer: depth=2"], "nosuchlayer"),
         (["--set", "*: depht=2"], "depth"),
         (["--time-dim", "0"], "time_dim"),
+        (["--rates", "4;1"], "4,1"),
+        (["--rates", "2"], "rates"),
+        (["--layout", "b c t"], "dimensions"),
+        (["--input", "1x3x6x16x16:bool"], "uint8"),
     ],
 )
 def test_wrong_use_is_explained(args: list[str], word: str) -> None:
@@ -507,3 +511,46 @@ def test_a_reader_that_leaves_is_no_error(steps: dict[str, Path], film: Path) ->
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert "Error" not in done.stderr
+
+
+# Other inputs than a clip of floats.
+
+
+class Bytes(nn.Module):
+    """Frames of bytes, channels last, (N, T, H, W, 3) to scores (N, T, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 2, 3, padding=1)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        return self.conv(clip.permute(0, 4, 1, 2, 3).float() / 255).mean((3, 4)).transpose(1, 2)
+
+
+class Pathways(nn.Module):
+    """Two clips, the first with every second frame of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = nn.Conv3d(3, 2, 3, padding=1), nn.Conv3d(3, 2, 3, padding=1)
+
+    def forward(self, slow: torch.Tensor, fast: torch.Tensor) -> torch.Tensor:
+        return self.slow(slow).mean((2, 3, 4)) + self.fast(fast).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("Bytes", "--input", "1x6x8x8x3:uint8", "--time-dim", "1"),
+        ("Bytes", "--input", "1x6x8x8x3:uint8", "--layout", "b t h w c"),
+        ("Pathways", "--input", "1x3x3x8x8", "--input", "1x3x6x8x8", "--rates", "2,1"),
+    ],
+    ids=["bytes", "layout", "rates"],
+)
+def test_other_inputs(args: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "step.onnx"
+    call("convert", f"{__name__}:{args[0]}", *args[1:], "--preset", "exact", "--no-bench", "-o", file)
+    run = dissect.Runner(file)
+    for _ in range(3):
+        run.step(*[np.zeros((1, *spec.shape[1:]), spec.dtype) for spec in run.inputs])
+    assert run.inputs[0].dtype == ("uint8" if args[0] == "Bytes" else "float32")

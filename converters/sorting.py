@@ -1,0 +1,101 @@
+"""Operators that order the values of a dimension, or say where one stands: inside a frame they are what they are.
+
+Over time they would give places in the clip, and a stream has no such places.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from dissect.ledger import Axes, plain_axis
+from dissect.registry import converter
+from dissect.rewrite import Context, Refused, Value
+
+aten = torch.ops.aten
+
+
+def inside(ctx: Context, x: Value, dim: int | None) -> int:
+    """Where a dimension of the original stands in a frame tensor; refuses batch and time."""
+    if dim is None:
+        raise Refused("an order of all elements mixes the rows of the batch", "give it a dimension")
+    axis = x.axes[dim % len(x.axes)]
+    at = x.axes.kept(dim % len(x.axes))
+    if not axis.plain or at is None:
+        over = (
+            "time gives places in the clip, which a stream does not have"
+            if {"T", "K"} & set(axis.kinds)
+            else "the batch"
+        )
+        raise Refused(f"an order over {over}", "end the network before it, and order its outputs outside")
+    return at + 1
+
+
+def shaped(ctx: Context, x: Value, dim: int, size: int, keepdim: bool = True) -> Axes:
+    dim %= len(x.axes)
+    kept = (plain_axis(size),) if keepdim else ()
+    return Axes((*x.axes.dims[:dim], *kept, *x.axes.dims[dim + 1 :]))
+
+
+@converter(aten.argmax.default, aten.argmin.default)
+def arg(ctx: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    at = inside(ctx, x, dim)
+    assert dim is not None
+    x = ctx.settled(x)
+    target = torch.argmax if ctx.node.target is aten.argmax.default else torch.argmin
+    return ctx.call(target, (x, at, keepdim), shaped(ctx, x, dim, 1, keepdim), x.clock.plain(), torch.int64)
+
+
+@converter(aten.argsort.default, aten.argsort.stable)
+def argsort(ctx: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return sort(ctx, x, *args, **kwargs)[1]
+
+
+@converter(aten.sort.default, aten.sort.stable)
+def sort(
+    ctx: Context, x: Value, *args: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Value, Value]:
+    given: list[Any] = [*args, *(dim, descending)[len(args) :]]
+    dim, descending = given
+    at = inside(ctx, x, dim)
+    return pair(ctx, x, torch.sort, (at, descending), x.axes)
+
+
+@converter(aten.topk.default)
+def topk(
+    ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
+) -> tuple[Value, Value]:
+    at = inside(ctx, x, dim)
+    return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k))
+
+
+_RANKED = {aten.median.dim: torch.median, aten.kthvalue.default: torch.kthvalue, aten.mode.default: torch.mode}
+
+
+@converter(*_RANKED)
+def ranked(ctx: Context, x: Value, *args: Any) -> tuple[Value, Value]:
+    first = 1 if ctx.node.target is aten.kthvalue.default else 0
+    given: list[Any] = [*args[first:], *(-1, False)[len(args) - first :]]
+    dim, keepdim = given
+    at = inside(ctx, x, dim)
+    target = _RANKED[ctx.node.target]  # type: ignore[index]
+    return pair(ctx, x, target, (*args[:first], at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+
+
+def pair(ctx: Context, x: Value, target: Any, args: tuple[Any, ...], axes: Axes) -> tuple[Value, Value]:
+    """An operator that gives values and their places."""
+    x = ctx.settled(x)
+    both = ctx.call(target, (x, *args), axes, x.clock.plain(), x.dtype)
+    values, places = (ctx.graph.call_function(operator.getitem, (both.node, index)) for index in range(2))
+    return Value(values, axes, both.timing, x.dtype), Value(places, axes, both.timing, torch.int64)
+
+
+def place(ctx: Context, x: Value, dim: int, keepdim: bool, target: Any) -> Value | None:
+    """Where a maximum or minimum stands, for the operators that give both; None where nobody asks."""
+    if not any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in ctx.node.users):
+        return None
+    at = inside(ctx, x, dim)
+    x = ctx.settled(x)
+    return ctx.call(target, (x, at, keepdim), shaped(ctx, x, dim, 1, keepdim), x.clock.plain(), torch.int64)

@@ -1,0 +1,181 @@
+"""Loops over frames, written out by a capture, become one copy of their body again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from laws import close, law, offline, streamed
+from torch import Tensor, nn
+
+import dissect
+from dissect.convolution import FrameConv
+
+
+class Looping(nn.Module):
+    """A temporal layer, a loop over frames, another temporal layer."""
+
+    def __init__(self, run: Callable[[Looping, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = nn.Conv3d(3, 4, 3, padding=1)
+        self.each = nn.Conv2d(4, 4, 3, padding=1)
+        self.score = nn.Linear(4, 3)
+        self.last = nn.Conv3d(4, 4, 3, padding=1)
+        self.wide = nn.Conv2d(32, 4, 3, padding=1)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, self.before(x) - 0.2)
+
+
+def stacked(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.stack([net.each(x[:, :, t]).relu() for t in range(x.shape[2])], 2))
+
+
+def joined(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.cat([net.each(x[:, :, t]).relu().unsqueeze(2) for t in range(x.shape[2])], 2))
+
+
+def kept(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.cat([x[:, :, t : t + 1].tanh() for t in range(x.shape[2])], 2))
+
+
+def unbound(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.stack([net.each(frame).relu() for frame in x.unbind(2)], 2))
+
+
+def split(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.cat([net.each(frame.squeeze(2)).relu().unsqueeze(2) for frame in x.split(1, 2)], 2))
+
+
+def appended(net: Looping, x: Tensor) -> Tensor:
+    features = []
+    for t in range(x.shape[2]):
+        features.append(net.score(net.each(x[:, :, t]).relu().mean((2, 3))))
+    return torch.stack(features, 0).transpose(0, 1)
+
+
+def written(net: Looping, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for t in range(x.shape[2]):
+        out[:, :, t] = net.each(x[:, :, t]).relu()
+    return net.last(out)
+
+
+def two_lists(net: Looping, x: Tensor) -> Tensor:
+    first = [net.each(x[:, :, t]) for t in range(x.shape[2])]
+    second = [frame.relu() for frame in first]
+    return net.last(torch.stack(first, 2)) + torch.stack(second, 2)
+
+
+def pairs(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.stack([net.each(x[:, :, t + 1] - x[:, :, t]) for t in range(x.shape[2] - 1)], 2))
+
+
+def every_second(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.stack([net.each(x[:, :, t]).relu() for t in range(0, x.shape[2], 2)], 2))
+
+
+def summed(net: Looping, x: Tensor) -> Tensor:
+    return sum(net.score(net.each(x[:, :, t]).relu().mean((2, 3))) for t in range(x.shape[2])) / x.shape[2]
+
+
+def greatest(net: Looping, x: Tensor) -> Tensor:
+    best = net.each(x[:, :, 0])
+    for t in range(1, x.shape[2]):
+        best = torch.maximum(best, net.each(x[:, :, t]))
+    return net.score(best.mean((2, 3)))
+
+
+def on_channels(net: Looping, x: Tensor) -> Tensor:
+    return net.wide(torch.cat([net.each(x[:, :, t]).relu() for t in range(x.shape[2])], 1))
+
+
+def with_the_first(net: Looping, x: Tensor) -> Tensor:
+    gate = net.score(x[:, :, 0].mean((2, 3)))[:, :1, None, None]
+    return net.last(torch.stack([net.each(x[:, :, t]) * gate for t in range(x.shape[2])], 2))
+
+
+LOOPS = [
+    stacked,
+    joined,
+    kept,
+    unbound,
+    split,
+    appended,
+    written,
+    two_lists,
+    pairs,
+    every_second,
+    summed,
+    greatest,
+    on_channels,
+    with_the_first,
+]
+
+
+def made(run: Callable[[Looping, Tensor], Tensor]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Looping(run).double().eval(), torch.randn(1, 3, 8, 5, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("run", LOOPS)
+def test_exact(run: Callable[[Looping, Tensor], Tensor]) -> None:
+    network, clip = made(run)
+    stream = dissect.convert(network, clip, preset="exact")
+    assert stream.plan.exact, str(stream.plan)
+    law(stream, torch.randn(2, 3, 11, 5, 5, dtype=torch.float64))
+    fixed = run is on_channels or run is summed
+    assert offline(stream, network, clip, [8] if fixed else [8, 7, 6]) == (1 if fixed else 3)
+
+
+@pytest.mark.parametrize("run", LOOPS)
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+def test_the_body_runs_once_a_frame(run: Callable[[Looping, Tensor], Tensor], preset: str) -> None:
+    network, clip = made(run)
+    stream = dissect.convert(network, clip, preset=preset)
+    live = {node.target for node in stream.step.graph.nodes if node.op == "call_module"}
+    layers = [name for name in live if isinstance(stream.step.get_submodule(name), FrameConv)]
+    used = {name for name in ("before", "each", "last", "wide") if any(name == layer for layer in layers)}
+    assert len(layers) == len(used), layers
+    assert "each" in used or run is kept
+
+
+@pytest.mark.parametrize("preset", ["causal", "d3d"])
+@pytest.mark.parametrize("run", LOOPS)
+def test_keeps_its_promises(run: Callable[[Looping, Tensor], Tensor], preset: str) -> None:
+    network, clip = made(run)
+    dissect.verify(dissect.convert(network, clip, preset=preset), network, runtime=run in (stacked, summed)).check()
+
+
+def test_a_value_of_the_whole_clip_inside_a_loop_is_no_promise() -> None:
+    def run(net: Looping, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3, 4))[:, :, None, None]
+        return net.last(torch.stack([net.each(x[:, :, t]) * mean for t in range(x.shape[2])], 2))
+
+    network, clip = made(run)
+    stream = dissect.convert(network, clip, preset="exact")
+    assert any("broadcast back" in row.reason for row in stream.plan.approximate)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, frame, t: net.each(frame) * (t + 1),
+        lambda net, frame, t: net.each(frame) if t % 2 else net.each(frame).relu(),
+        lambda net, frame, t: (net.each if t else net.last2)(frame),
+    ],
+    ids=["scaled by its number", "every second rectified", "the first by a layer of its own"],
+)
+def test_copies_that_differ_are_left_as_they_are(body: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
+    def run(net: Looping, x: Tensor) -> Tensor:
+        return torch.stack([body(net, x[:, :, t], t).mean((2, 3)) for t in range(x.shape[2])], 2)
+
+    network, clip = made(run)
+    network.last2 = nn.Conv2d(4, 4, 3, padding=1).double()
+    stream = dissect.convert(network, clip, preset="exact")
+    with torch.no_grad():
+        law(stream, torch.randn(2, 3, 9, 5, 5, dtype=torch.float64))
+        assert stream.plan.exact, str(stream.plan)
+        close(streamed(stream, clip, frames=8), network(clip))

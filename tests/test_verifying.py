@@ -1,0 +1,176 @@
+"""Verify finds what is broken: each form, the original, the file; it says where, and a sound stream passes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_networks import scrambled
+from torch import Tensor, nn
+
+import dissect
+from dissect.errors import VerificationError
+from dissect.verifying import Report
+
+PRESETS = ["d3d", "causal", "exact"]
+CLIP = torch.randn(1, 2, 8, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(2, 4, 3, padding=1)
+        self.second = nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.fc((x + torch.sigmoid(self.second(x))).mean((2, 3, 4)))
+
+
+def made(preset: str) -> tuple[nn.Module, dissect.Stream]:
+    model = scrambled(Net(), 0)
+    return model, dissect.convert(model, CLIP, preset=preset)
+
+
+def broken(report: Report) -> list[str]:
+    """The pairs that are not equal; the report must say so in every way that it has."""
+    assert not report.ok
+    with pytest.raises(VerificationError) as caught:
+        report.check()
+    pairs = [row.pair for row in report.rows if not row.ok]
+    assert all(pair in str(caught.value) for pair in pairs)
+    assert str(report).count("FAIL") == len(pairs)
+    return pairs
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_sound_stream_passes(preset: str) -> None:
+    model, stream = made(preset)
+    report = dissect.verify(stream, model)
+    assert report.check() is report
+    pairs = [row.pair for row in report.rows]
+    assert any("original" in pair for pair in pairs)
+    assert any("ONNX Runtime" in pair for pair in pairs)
+    assert any("batch" in pair for pair in pairs)
+    assert all(
+        row.error is not None and row.tolerance is not None and row.error <= row.tolerance for row in report.rows
+    )
+    assert "FAIL" not in str(report)
+
+
+def test_without_the_original_only_the_law_is_checked() -> None:
+    _, stream = made("exact")
+    report = dissect.verify(stream, runtime=False).check()
+    assert not [row for row in report.rows if "original" in row.pair or "ONNX" in row.pair]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_wrong_weight_in_the_step_is_found_and_named(preset: str) -> None:
+    model, stream = made(preset)
+    stream.step = copy.deepcopy(stream.step)
+    with torch.no_grad():
+        stream.step.get_parameter("second.bias").add_(1e-6)
+    report = dissect.verify(stream, model, runtime=False)
+    assert set(broken(report)) == {"clip form = step form"}
+    assert any("second" in row.note for row in report.rows if not row.ok), "the first node that parts"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_wrong_weight_in_the_original_is_found(preset: str) -> None:
+    model, stream = made(preset)
+    with torch.no_grad():
+        model.get_parameter("second.weight").add_(1e-3)
+    report = dissect.verify(stream, model, runtime=False)
+    assert [pair for pair in broken(report) if "original" not in pair] == []
+    if preset == "exact":
+        assert any("conv3d_1" in row.note or "second" in row.note for row in report.rows if not row.ok), (
+            "the first node that parts"
+        )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_another_file_is_found(preset: str, tmp_path: Path) -> None:
+    model, stream = made(preset)
+    dissect.verify(stream, model, onnx=dissect.export(stream, tmp_path / "right.onnx")).check()
+    other = scrambled(Net(), 5)
+    path = dissect.export(dissect.convert(other, CLIP, preset=preset), tmp_path / "wrong.onnx")
+    assert set(broken(dissect.verify(stream, model, onnx=path))) == {"step form = ONNX Runtime"}
+
+
+class Leaky(nn.Module):
+    """Breaks the law: what a row gives depends on the batch."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.__dict__["run"] = inner.__dict__["run"]
+
+    def forward(self, *args: Any) -> Any:
+        out, *caches = self.inner(*args)
+        return (out + out.mean(0, keepdim=True) * 1e-3, *caches)
+
+
+def test_a_step_that_mixes_rows_is_found() -> None:
+    model, stream = made("exact")
+    stream.step = Leaky(stream.step)  # type: ignore[assignment]
+    assert "clip form = step form" in broken(dissect.verify(stream, model, runtime=False))
+
+
+def test_a_cache_that_is_wrong_is_found_though_no_output_shows_it() -> None:
+    model, stream = made("exact")
+    inner = stream.step
+
+    class Late(nn.Module):
+        """Spoils the caches of the last step, which no output has read yet."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__["run"] = inner.__dict__["run"]
+            self.steps = 0
+
+        def forward(self, *args: Any) -> Any:
+            self.steps += 1
+            out, *caches = inner(*args)
+            return (out, *[cache + 1 if self.steps > 8 and cache.is_floating_point() else cache for cache in caches])
+
+    stream.step = Late()  # type: ignore[assignment]
+    assert set(broken(dissect.verify(stream, model, frames=9, runtime=False))) == {"clip form = step form"}
+
+
+def test_nan_is_no_agreement() -> None:
+    model, stream = made("exact")
+    with torch.no_grad():
+        model.get_parameter("fc.bias")[0] = float("nan")
+    assert broken(dissect.verify(stream, model, runtime=False))
+
+
+def test_what_is_approximate_by_the_plan_is_measured_but_no_promise() -> None:
+    model = scrambled(Net(), 0)
+    stream = dissect.convert(model, CLIP, preset="exact", overrides={"first": {"depth": 1}})
+    report = dissect.verify(stream, model, runtime=False).check()
+    (row,) = [row for row in report.rows if row.note and "first" in row.note][:1]
+    assert row.error is not None
+    assert row.error > 1e-6
+
+
+def test_progress_is_told() -> None:
+    model, stream = made("causal")
+    told: list[str] = []
+    dissect.verify(stream, model, runtime=False, progress=told.append)
+    assert "step form" in told
+    assert "original" in told
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_original_may_be_an_exported_program_or_in_training_mode(preset: str) -> None:
+    model, stream = made(preset)
+    program = torch.export.export(model, (CLIP,), strict=False)
+    dissect.verify(stream, program, runtime=False).check()
+    model.train()
+    dissect.verify(stream, model, runtime=False).check()
+    assert model.training
