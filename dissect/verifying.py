@@ -104,33 +104,43 @@ class _Verifier:
         self.rows: list[Check] = []
 
     def clip(self, batch: int, frames: int, still: bool = False) -> tuple[Any, ...]:
-        """Random inputs like the example: as large as it is, of another scene."""
+        """Inputs like the example, of another scene: its frames in another order, moved in space, with a little noise.
 
-        def draw(leaf: Any, dim: int | None) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-                return leaf
-            shape = [batch, *leaf.shape[1:]]
-            if dim is not None:
-                shape[dim] = 1 if still else frames
-            low, high = (0.0, 1.0) if not leaf.numel() else (float(leaf.min()), float(leaf.max()))
-            if high - low < 1e-6:
-                low, high = 0.0, 1.0
-            if not leaf.is_floating_point():
-                drawn = torch.randint(
-                    int(low), max(int(high), int(low) + 2), shape, generator=self.generator, dtype=leaf.dtype
-                )
-            else:
-                drawn = (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(
-                    leaf.dtype
-                )
-            drawn = drawn.to(leaf.device)
-            if still and dim is not None:
-                drawn = drawn.expand(*[frames if at == dim else -1 for at in range(drawn.dim())]).contiguous()
-            return drawn
-
+        Their statistics are the example's, so that no layer is driven where it says the same of everything.
+        """
         leaves = self.stream.leaves(self.stream.example)
-        drawn = [draw(leaf, dim) for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True)]
+        drawn = [
+            self.drawn(leaf, dim, batch, frames, still)
+            for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True)
+        ]
         return self.stream.dissected.inputs.nested(drawn)
+
+    def drawn(self, leaf: Tensor, dim: int | None, batch: int, frames: int, still: bool) -> Tensor:
+        if leaf.dim() == 0:
+            return leaf
+        count = 1 if still or dim is None else frames
+        known = leaf.detach().cpu().unsqueeze(1) if dim is None else leaf.detach().cpu().movedim(dim, 1)
+        if known.numel() and float(known.max()) - float(known.min()) < 1e-6:  # an example of zeros shows nothing
+            known = torch.rand(known.shape, generator=self.generator, dtype=torch.float64)
+            known = known.to(leaf.dtype) if leaf.is_floating_point() else (known * 2).to(leaf.dtype)
+        noise = 0.1 * float(known.double().std()) if known.numel() > 1 and leaf.is_floating_point() else 0.0
+        made = []
+        for _ in range(batch * count):
+            frame = known[self.number(known.shape[0]), self.number(known.shape[1])]
+            for at, size in enumerate(frame.shape):
+                frame = frame.roll(self.number(size), at) if size > 4 else frame  # few are channels
+            jitter = torch.randn(frame.shape, generator=self.generator, dtype=torch.float64)
+            made.append((frame + noise * jitter).to(leaf.dtype) if noise else frame)
+        drawn = torch.stack(made).unflatten(0, (batch, count))
+        drawn = drawn[:, 0] if dim is None else drawn.movedim(1, dim)
+        if still and dim is not None:
+            drawn = drawn.expand(*[frames if at == dim else -1 for at in range(drawn.dim())])
+        result: Tensor = drawn.contiguous().to(leaf.device)
+        return result
+
+    def number(self, below: int) -> int:
+        """A random number from 0."""
+        return int(torch.randint(below, (), generator=self.generator))
 
     def compare(self, pair: str, what: str, got: Any, wanted: Any, tolerance: float, note: str = "") -> Check:
         worst = 0.0

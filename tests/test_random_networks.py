@@ -46,7 +46,7 @@ def lowers(stream: dissect.Stream, clip: Tensor) -> None:
             count = len(leaves(out))
             theirs = values[count:]
             close((values[:count], theirs), (leaves(out), tuple(ours)), 1e-9, "lowered against the step form")
-            assert recorder.highest <= 4 or volumetric(stream)
+            assert recorder.highest <= max(4, *(leaf.dim() for leaf in leaves(out))) or volumetric(stream)
 
 
 def volumetric(stream: dissect.Stream) -> bool:
