@@ -115,6 +115,7 @@ class Dissected:
     trace: Mapping[str, Value]
     grain: int = 1
     doubted: frozenset[str] = frozenset()
+    home: str = "temporal"
 
     @property
     def time_dims(self) -> tuple[int | None, ...]:
@@ -158,6 +159,9 @@ class Context:
             frozenset()
         )  # products across time of which every position is wanted, not the newest alone
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
+        taken = {name.partition(".")[0] for name, _ in captured.tensors.values()}
+        # where primitives live: a name that no module of the network's own has
+        self.home = next(name for name in ("temporal", *map("temporal_{}".format, range(1, 99))) if name not in taken)
         self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -238,11 +242,11 @@ class Context:
         dtype: torch.dtype,
         **kwargs: Any,
     ) -> Value:
-        """Emit a primitive without parameters; it is installed under ``temporal``, named after the layer."""
+        """Emit a primitive without parameters; it is installed under ``home``, named after the layer."""
         return self.module(self.free(name), module, args, axes, timing, dtype, **kwargs)
 
     def free(self, name: str) -> str:
-        stem = f"temporal.{(self.path or 'top').replace('.', '_')}_{name}"
+        stem = f"{self.home}.{(self.path or 'top').replace('.', '_')}_{name}"
         path, count = stem, 1
         while path in self._installed:
             count += 1
@@ -491,7 +495,7 @@ class Context:
         if self.clock is None:
             clock = Clock()
             assert self.like is not None
-            node = self.graph.call_module(self.install("temporal.clock", clock), (self.like,))
+            node = self.graph.call_module(self.install(f"{self.home}.clock", clock), (self.like,))
             node.meta["path"] = "clock"
             self.clock = (clock, node)
         index = self.clock[0].ask(query)
@@ -777,6 +781,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         frozenset(
             name for name, rows in ctx.matrices.items() if ctx.exact and any(ctx.rows[row].future for row in rows)
         ),
+        ctx.home,
     )
 
 
