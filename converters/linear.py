@@ -84,7 +84,7 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
         stride = clock.removed  # a fixed linear layer keeps its clip: the same positions, the same frames apart
     ages = [index * stride for index in reversed(range(positions))]
     exact = ctx.exact
-    timing = clock.plain().but(old=clock.old + ages[0])
+    timing = clock.plain().but(old=clock.old + ages[0], pooled=frozenset({len(ctx.rows)}))
     if exact:
         timing = timing.but(delay=clock.delay + ages[0], length=clock.length.then(-positions))
     ctx.row(

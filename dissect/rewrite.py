@@ -158,6 +158,7 @@ class Context:
         self.whole: frozenset[str] = (
             frozenset()
         )  # products across time of which every position is wanted, not the newest alone
+        self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
         taken = {name.partition(".")[0] for name, _ in captured.tensors.values()}
         # where primitives live: a name that no module of the network's own has
@@ -438,7 +439,7 @@ class Context:
         ):
             row = self.rows[index]
             reason = "window of the past, broadcast back onto every frame"
-            if self.exact:
+            if self.exact and index in self.waitable:
                 reason += f"; --set '{row.path}: wait=true' buys exactness with delay"
             self.rows[index] = replace(row, verdict="approximate", reason=reason, future=True)
 
@@ -576,6 +577,7 @@ class Context:
         exact = self.exact and not given
         if not wait:
             timing = timing.but(pooled=frozenset({len(self.rows)}))
+            self.waitable.add(len(self.rows))
         note = f"window of {positions}" + (f" at stride {stride}" if stride > 1 else "")
         if kind in ("max", "min"):
             masks = () if clock.nonneg and kind == "max" else tuple(self.inside(clock, age) for age in ages)
