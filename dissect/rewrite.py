@@ -369,17 +369,7 @@ class Context:
                 continue
             at = dim - pad
             if not set(axis.kinds) <= {"S", "K"} and tensor.shape[at] > 1:
-                if axis.space > 1:
-                    raise Refused("a constant over an axis that merges time with space")
-                if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
-                    raise Refused(
-                        "a constant that differs from frame to frame of the clip (a position in the clip has no meaning in a stream)"
-                        if "T" in axis.kinds
-                        else "a constant that differs from row to row of the batch",
-                        clipwise="T" in axis.kinds,
-                    )
-                node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
-                tensor = tensor.narrow(at, 0, 1)
+                tensor, node = self.shared(tensor, node, at, axis)
             if not axis.dropped:
                 shape.append(tensor.shape[at])
         while shape and shape[0] == 1 and len(shape) > 1:
@@ -387,6 +377,33 @@ class Context:
         if tensor.dim() and tuple(tensor.shape) != tuple(shape):
             node = self.graph.call_function(torch.reshape, (node, tuple(shape)))
         return replace(value, node=node, tensor=tensor)
+
+    def shared(self, tensor: Tensor, node: fx.Node, dim: int, axis: Axis) -> tuple[Tensor, fx.Node]:
+        """A constant over an axis that carries batch or time: what all rows and frames have in common of it.
+
+        Refuses one that differs between them.
+        """
+        sizes = [factor.size for factor in axis.factors]
+        before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+        if len(sizes) > 1:
+            tensor = tensor.reshape(*before, *sizes, *after)
+            node = self.graph.call_function(torch.reshape, (node, tuple(tensor.shape)))
+        for index, factor in enumerate(axis.factors):
+            if factor.inner or factor.size == 1:
+                continue
+            at = dim + index
+            if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+                where = "frame to frame of the clip (a position in the clip has no meaning in a stream)"
+                raise Refused(
+                    f"a constant that differs from {where if factor.kind == 'T' else 'row to row of the batch'}",
+                    clipwise=factor.kind == "T",
+                )
+            tensor = tensor.narrow(at, 0, 1)
+            node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
+        if len(sizes) > 1:
+            tensor = tensor.reshape(*before, axis.space, *after)
+            node = self.graph.call_function(torch.reshape, (node, tuple(tensor.shape)))
+        return tensor, node
 
     # -- time
 
@@ -550,7 +567,7 @@ class Context:
         timing = clock.plain()
         facts: dict[str, Any] = {"kernel": count or clock.length(self.frames), "stride": stride}
         if policy == "none" or (policy == "window" and positions == 1):
-            exact = policy == "window" and not given and not clock.removed > 1
+            exact = policy == "window" and not given
             why = "" if exact else "every frame for itself"
             self.row("per frame", exact=exact, reason=why, **facts)
             return replace(value, axes=axes, timing=timing)
