@@ -88,7 +88,7 @@ def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
-    form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
+    module.to(dtype)  # the graph module itself: a copy of the form does not share its buffers with it
     for node in module.graph.nodes:  # a cast to the network's own precision is one to that of the step
         if dtype != torch.float64 and node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
