@@ -72,7 +72,7 @@ def recurrence(
     clock = x.clock
     name = str(ctx.node.target).split(".")[1]
     count = KINDS[name].states
-    space = [factor.size for factor in x.axes[rows].factors if factor.inner]
+    space = list(Axes((x.axes[rows],)).frame)  # what is merged with the batch is one dimension of the frame
     start = [started(ctx, value, x.axes[rows], space) for value in first]
     sizes = [value.shape[-1] for value in first]
     carried = [(*space, sizes[index]) for _ in range(levels) for index in range(count)]

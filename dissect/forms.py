@@ -176,13 +176,13 @@ def build(dissected: Dissected, kind: Kind) -> Form:
         if output.value.constant:
             value = env[output.value.node]
         elif kind != "step":
-            path = f"temporal.output_{len(outputs)}"
-            if "temporal" not in dissected.root._modules:
-                dissected.root.add_module("temporal", nn.Module())
+            path = f"{dissected.home}.output_{len(outputs)}"
+            if dissected.home not in dissected.root._modules:
+                dissected.root.add_module(dissected.home, nn.Module())
             axes = output.value.axes
             if kind == "clip" and output.own is not None:
-                path, axes = f"temporal.own_output_{len(outputs)}", output.own
-            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(axes))
+                path, axes = f"{dissected.home}.own_output_{len(outputs)}", output.own
+            dissected.root.get_submodule(dissected.home).add_module(path.rpartition(".")[2], Join(axes))
             value = graph.call_module(path, (value, frames))
         outputs.append(value)
     graph.output((*outputs, *(new if kind != "clip" else ())))
@@ -203,4 +203,4 @@ def clock_of(dissected: Dissected) -> Clock | None:
     """The clock, where one is needed."""
     found = [module for module in dissected.root.modules() if isinstance(module, Clock)]
     live = {node.target for node in dissected.graph.nodes if node.op == "call_module"}
-    return found[0] if found and "temporal.clock" in live else None
+    return found[0] if found and f"{dissected.home}.clock" in live else None

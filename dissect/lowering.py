@@ -86,7 +86,7 @@ def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
-    form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
+    module.to(dtype)  # the graph module itself: a copy of the form does not share its buffers with it
     for node in module.graph.nodes:  # a cast to the network's own precision is one to that of the step
         if dtype != torch.float64 and node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
@@ -154,15 +154,13 @@ def _value(module: fx.GraphModule, node: Any) -> Tensor | None:
 
 def fold(module: fx.GraphModule) -> None:
     """Fix every convolution's taps and fold every batch norm."""
-    lowered: dict[str, LoweredConv] = {}
     for node in list(module.graph.nodes):
         if node.op != "call_module":
             continue
         target = str(node.target)
         layer = module.get_submodule(target)
         if isinstance(layer, FrameConv) and layer.weight is not None:
-            lowered[target] = LoweredConv(layer)
-            _replace(module, target, lowered[target])
+            node.target = _replace(module, target, LoweredConv(layer))
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
             factor, shift = affine_of(layer)
             source = node.args[0]
@@ -182,7 +180,7 @@ def fold(module: fx.GraphModule) -> None:
                 node.replace_all_uses_with(source)
                 module.graph.erase_node(node)
             else:
-                _replace(module, target, Affine(factor, shift))
+                node.target = _replace(module, target, Affine(factor, shift))
 
 
 def _scores(source: Any) -> bool:
@@ -243,6 +241,14 @@ def flatten_shuffles(module: fx.GraphModule) -> None:
         node.args = (source, tuple(before.index(run) for run in runs))
 
 
-def _replace(module: nn.Module, path: str, layer: nn.Module) -> None:
+def _replace(module: nn.Module, path: str, layer: nn.Module) -> str:
+    """Put ``layer`` where the module at ``path`` was, and return its path; what the network keeps inside that one stays."""
     owner, _, leaf = path.rpartition(".")
+    children = dict(module.get_submodule(path).named_children())
+    if any(hasattr(layer, name) for name in children):
+        path, leaf = f"{path}_lowered", f"{leaf}_lowered"
+    else:
+        for name, child in children.items():
+            layer.add_module(name, child)
     setattr(module.get_submodule(owner), leaf, layer)
+    return path

@@ -27,12 +27,18 @@ def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
     """The operands, where a single position meets many as one value of the clip, and where all are values of the clip, at one end."""
     values = [spread(ctx, value) if value.clock.still else value for value in values]
     sizes = [positions(value.axes) for value in values]
-    if 1 in sizes and any(size != 1 for size in sizes):
-        since = min(
-            (value.clock.delay for value, size in zip(values, sizes, strict=True) if size is not None and size > 1),
-            default=None,
-        )
-        values = [ended(ctx, value, since) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
+    longest = max((size for size in sizes if size is not None), default=1)
+    if longest > 1:
+        values = [
+            ended(ctx, value, longest)
+            if size == 1
+            else early(ctx, value, longest)
+            if size is None and once(ctx, value)
+            else value
+            for value, size in zip(values, sizes, strict=True)
+        ]
+    elif 1 in sizes and None in sizes:
+        values = [ended(ctx, value) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
     if any(value.time is not None or value.clock.running for value in values):
         return list(values)
     clocks = [value.clock for value in values]
@@ -91,8 +97,8 @@ def one_less(mask: object) -> object:
     return 1 - mask  # type: ignore[operator]
 
 
-def ended(ctx: Context, value: Value, since: int | None = None) -> Value:
-    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest, ``since`` a time."""
+def ended(ctx: Context, value: Value, count: int = 1) -> Value:
+    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest of ``count``."""
     axes = Axes(
         tuple(
             Axis(tuple(f for f in axis.factors if f.kind != "T")) if "T" in axis.kinds else axis
@@ -107,14 +113,22 @@ def ended(ctx: Context, value: Value, since: int | None = None) -> Value:
         return ctx.reframe(replace(held, timing=held.clock.but(wait=0)), axes)
     mark = frozenset({len(ctx.rows)})
     ctx.row("the newest position", exact=ctx.exact, reason="" if ctx.exact else "one for every frame")
-    early = 0 if since is None or not ctx.exact else max(0, clock.delay - max(since, 0)) // clock.stride
-    timing = clock.plain().but(
-        wait=0,
-        pooled=clock.pooled | mark,
-        delay=clock.delay - early * clock.stride,
-        length=clock.length.then(early - 1),
-    )
-    return ctx.reframe(replace(value, timing=timing), axes)
+    value = replace(value, timing=clock.plain().but(wait=0, pooled=clock.pooled | mark))
+    return ctx.reframe(early(ctx, value, count), axes)
+
+
+def once(ctx: Context, value: Value) -> bool:
+    """Whether a value of the whole clip is there at the clip's end alone, as a linear layer over all positions is."""
+    return not value.clock.running and value.clock.length(ctx.frames) == 1
+
+
+def early(ctx: Context, value: Value, count: int) -> Value:
+    """A value of the clip's end, for each of ``count`` positions that meet it: what it would be if the clip ended there."""
+    clock = value.clock
+    if not ctx.exact or count == 1:
+        return value
+    timing = clock.but(delay=clock.delay - (count - 1) * clock.stride, length=clock.length.then(count - 2))
+    return replace(value, timing=timing)
 
 
 def spread(ctx: Context, value: Value) -> Value:

@@ -115,6 +115,7 @@ class Dissected:
     trace: Mapping[str, Value]
     grain: int = 1
     doubted: frozenset[str] = frozenset()
+    home: str = "temporal"
 
     @property
     def time_dims(self) -> tuple[int | None, ...]:
@@ -155,7 +156,11 @@ class Context:
         }
         # products across time of which every position is wanted, not the newest alone
         self.whole: frozenset[str] = frozenset()
+        self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
+        taken = {name.partition(".")[0] for name, _ in captured.tensors.values()}
+        # where primitives live: a name that no module of the network's own has
+        self.home = next(name for name in ("temporal", *map("temporal_{}".format, range(1, 99))) if name not in taken)
         self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -236,11 +241,11 @@ class Context:
         dtype: torch.dtype,
         **kwargs: Any,
     ) -> Value:
-        """Emit a primitive without parameters; it is installed under ``temporal``, named after the layer."""
+        """Emit a primitive without parameters; it is installed under ``home``, named after the layer."""
         return self.module(self.free(name), module, args, axes, timing, dtype, **kwargs)
 
     def free(self, name: str) -> str:
-        stem = f"temporal.{(self.path or 'top').replace('.', '_')}_{name}"
+        stem = f"{self.home}.{(self.path or 'top').replace('.', '_')}_{name}"
         path, count = stem, 1
         while path in self._installed:
             count += 1
@@ -362,17 +367,7 @@ class Context:
                 continue
             at = dim - pad
             if not set(axis.kinds) <= {"S", "K"} and tensor.shape[at] > 1:
-                if axis.space > 1:
-                    raise Refused("a constant over an axis that merges time with space")
-                if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
-                    raise Refused(
-                        "a constant that differs from frame to frame of the clip (a position in the clip has no meaning in a stream)"
-                        if "T" in axis.kinds
-                        else "a constant that differs from row to row of the batch",
-                        clipwise="T" in axis.kinds,
-                    )
-                node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
-                tensor = tensor.narrow(at, 0, 1)
+                tensor, node = self.shared(tensor, node, at, axis)
             if not axis.dropped:
                 shape.append(tensor.shape[at])
         while shape and shape[0] == 1 and len(shape) > 1:
@@ -380,6 +375,33 @@ class Context:
         if tensor.dim() and tuple(tensor.shape) != tuple(shape):
             node = self.graph.call_function(torch.reshape, (node, tuple(shape)))
         return replace(value, node=node, tensor=tensor)
+
+    def shared(self, tensor: Tensor, node: fx.Node, dim: int, axis: Axis) -> tuple[Tensor, fx.Node]:
+        """A constant over an axis that carries batch or time: what all rows and frames have in common of it.
+
+        Refuses one that differs between them.
+        """
+        sizes = [factor.size for factor in axis.factors]
+        before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+        if len(sizes) > 1:
+            tensor = tensor.reshape(*before, *sizes, *after)
+            node = self.graph.call_function(torch.reshape, (node, tuple(tensor.shape)))
+        for index, factor in enumerate(axis.factors):
+            if factor.inner or factor.size == 1:
+                continue
+            at = dim + index
+            if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+                where = "frame to frame of the clip (a position in the clip has no meaning in a stream)"
+                raise Refused(
+                    f"a constant that differs from {where if factor.kind == 'T' else 'row to row of the batch'}",
+                    clipwise=factor.kind == "T",
+                )
+            tensor = tensor.narrow(at, 0, 1)
+            node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
+        if len(sizes) > 1:
+            tensor = tensor.reshape(*before, axis.space, *after)
+            node = self.graph.call_function(torch.reshape, (node, tuple(tensor.shape)))
+        return tensor, node
 
     # -- time
 
@@ -433,7 +455,7 @@ class Context:
         ):
             row = self.rows[index]
             reason = "window of the past, broadcast back onto every frame"
-            if self.exact:
+            if self.exact and index in self.waitable:
                 reason += f"; --set '{row.path}: wait=true' buys exactness with delay"
             self.rows[index] = replace(row, verdict="approximate", reason=reason, future=True)
 
@@ -490,7 +512,7 @@ class Context:
         if self.clock is None:
             clock = Clock()
             assert self.like is not None
-            node = self.graph.call_module(self.install("temporal.clock", clock), (self.like,))
+            node = self.graph.call_module(self.install(f"{self.home}.clock", clock), (self.like,))
             node.meta["path"] = "clock"
             self.clock = (clock, node)
         index = self.clock[0].ask(query)
@@ -544,7 +566,7 @@ class Context:
         timing = clock.plain()
         facts: dict[str, Any] = {"kernel": count or clock.length(self.frames), "stride": stride}
         if policy == "none" or (policy == "window" and positions == 1):
-            exact = policy == "window" and not given and not clock.removed > 1
+            exact = policy == "window" and not given
             why = "" if exact else "every frame for itself"
             self.row("per frame", exact=exact, reason=why, **facts)
             return replace(value, axes=axes, timing=timing)
@@ -571,6 +593,7 @@ class Context:
         exact = self.exact and not given
         if not wait:
             timing = timing.but(pooled=frozenset({len(self.rows)}))
+            self.waitable.add(len(self.rows))
         note = f"window of {positions}" + (f" at stride {stride}" if stride > 1 else "")
         if kind in ("max", "min"):
             masks = () if clock.nonneg and kind == "max" else tuple(self.inside(clock, age) for age in ages)
@@ -779,6 +802,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         frozenset(
             name for name, rows in ctx.matrices.items() if ctx.exact and any(ctx.rows[row].future for row in rows)
         ),
+        ctx.home,
     )
 
 

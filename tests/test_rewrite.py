@@ -37,6 +37,10 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
     "batch and time apart again by -1": lambda x: x.permute(0, 2, 1, 3, 4).flatten(0, 1).view(x.shape[0], -1, 4, 4, 6),
     "merged with space": lambda x: x.flatten(2).softmax(1).reshape(-1, 4, 8, 4, 6),
     "tokens": lambda x: F.layer_norm(x.flatten(2).transpose(1, 2), (4,)).transpose(1, 2).reshape(-1, 4, 8, 24),
+    "tokens with a place": lambda x: (
+        (x.flatten(2) + torch.arange(24.0).repeat(8).to(x)).softmax(1).reshape(-1, 4, 8, 24)
+    ),
+    "a token more": lambda x: torch.cat([torch.ones(x.shape[0], 8, 1, 6).to(x), x.mean(1)], 2),
     "space into the batch": lambda x: (
         x.permute(0, 3, 4, 1, 2).reshape(-1, 4, 8).unflatten(0, (-1, 4, 6)).movedim(-1, 1)
     ),
@@ -63,7 +67,10 @@ def test_time_is_followed(name: str, preset: str) -> None:
     if preset == "exact":
         assert stream.plan.exact
         assert offline(
-            stream, model, CLIP, [8] if "merged" in name or name in ("tokens", "space into the batch") else [8, 5, 2]
+            stream,
+            model,
+            CLIP,
+            [8] if "merged" in name or "token" in name or name == "space into the batch" else [8, 5, 2],
         )
 
 
