@@ -205,6 +205,8 @@ def pool_taps(
             if gap == clock.stride:
                 extra["count"] = ctx.inside(clock, positions=len(ages), widen=widen if include_pad else (0, 0))
                 divisor = 1.0
+        if "count" not in extra:  # a mean of what was seen has no use for a filling
+            y = ctx.filled(y)
         reduce = WindowReduce("mean", ages, divisor)
     history = ctx.history(y, ages[0])
     return ctx.primitive("pool", reduce, (history,), axes, timing, y.dtype, **extra)
