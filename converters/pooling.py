@@ -126,7 +126,7 @@ def pool(
         add = min(add + step - 1, pad - 1)
     length = clock.length.then(add, step)
     if not ctx.exact:
-        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" else size)
+        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" and not ctx.in_head else size)
         if (size, step) != (1, 1):
             reasons = [f"{taps} of {size} frames"] if taps < size else ["past only"] if size > 1 else []
             reasons += ["temporal stride removed"] if step > 1 else []

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dissect.ledger import Axes, Axis, Factor
 from dissect.rewrite import Value
+from dissect.vectors import OPS
 
 __all__ = ["Shifted", "Still", "Unshiftable"]
 
@@ -29,6 +30,7 @@ _TRANSPOSED = {
 }
 _NORMS = (aten.group_norm, aten.instance_norm, aten.layer_norm)
 _RESAMPLING = (
+    OPS.frame_vectors,
     aten.repeat_interleave,
     *[
         getattr(aten, f"{name}{dims}d")

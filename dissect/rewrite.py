@@ -145,6 +145,7 @@ class Context:
         self.clock: tuple[Clock, fx.Node] | None = None
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
+        self.heads: set[Any] = set()  # nodes where a head begins
         self.element_size = 4
         self.grain = (
             1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
@@ -608,6 +609,12 @@ class Context:
         return size
 
     @property
+    def in_head(self) -> bool:
+        """The node at hand belongs to a head, which keeps all of its taps."""
+        assert self.branches is not None
+        return bool(self.heads) and self.branches.any_above(self.node, self.heads)
+
+    @property
     def stem(self) -> bool:
         """The node at hand is (or would be) a temporal convolution that none stands above, outside of every branch."""
         assert self.branches is not None
@@ -617,7 +624,7 @@ class Context:
     @property
     def skip(self) -> str:
         """How the convolution at hand takes in what it cached; a stem has its frames side by side, unless told otherwise."""
-        free = self.preset != "d3d" or self.stem
+        free = self.preset != "d3d" or self.stem or self.in_head
         asked: str = self.settings.get("skip", "concat" if free else self.options.skip)
         return asked
 
@@ -625,7 +632,7 @@ class Context:
         """Taps that the preset keeps of a temporal convolution with ``kernel`` taps, unless an override says otherwise."""
         settings = self.settings
         asked: int | None = 1 if settings.get("skip") == "none" else settings.get("depth")
-        if self.preset == "d3d" and asked is None:
+        if self.preset == "d3d" and asked is None and not self.in_head:
             assert self.branches is not None
             if self.stem:
                 asked = self.options.stem

@@ -282,6 +282,8 @@ class _Verifier:
                 if frames == self.lengths()[0]:
                     raise
                 continue  # the original accepts no clip of this length
+            if min(timing.length(frames) for timing in self.stream.leaf_timings) < 1:
+                continue  # shorter than a window over the clip, which has no answer yet
             got = self.positions(self.stream.offline(*inputs), frames)
             what = f"stream and flush of {frames} frames"
             tolerance = self.tolerance if promise else float("inf")
