@@ -111,7 +111,7 @@ def test_other_names_go_by_order() -> None:
         ({"w": (4, 2, 3, 3)}, {"w": (4, 2, 3, 5, 3)}, {}, ["w", "(4, 2, 3, 3)", "(4, 2, 3, 5, 3)", "strict=False"]),
         ({"w": (4, 2)}, {"w": (4, 2, 1)}, {}, ["w", "(4, 2)"]),
         ({"w": (4,), "v": (3,)}, {"w": (4,)}, {}, ["v is left over"]),
-        ({}, {name: (1,) for name in "abcde"}, {}, ["a has", "b has", "c has", "and 2 more"]),
+        ({}, dict.fromkeys("abcde", (1,)), {}, ["a has", "b has", "c has", "and 2 more"]),
         ({"w": (4,)}, {"w": (4,), "v": (4,)}, {"by": "order"}, ["1 and 2 tensors"]),
         ({"w": (4,)}, {"w": (4,)}, {"by": "shape"}, ["by='shape'", "name, order"]),
         ({"w": (4,)}, {"w": (4,)}, {"how": "first"}, ["how='first'", "mean, centre, newest"]),
