@@ -38,11 +38,15 @@ _HOME = {
     "Stream": "stream",
     "convert": "stream",
     "converter": "registry",
+    "deflate": "inflation",
     "export": "exporting",
+    "heads": "",
+    "inflate": "inflation",
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
     "verify": "verifying",
+    "with_head": "headed",
     "zoo": "",
 }
 
@@ -65,15 +69,20 @@ __all__ = [
     "__version__",
     "convert",
     "converter",
+    "deflate",
     "export",
+    "heads",
+    "inflate",
     "load",
     "per_frame",
     "pointwise",
     "verify",
+    "with_head",
     "zoo",
 ]
 
 if TYPE_CHECKING:
+    from dissect import heads as heads
     from dissect import zoo as zoo
     from dissect.errors import (
         CaptureError,
@@ -88,6 +97,8 @@ if TYPE_CHECKING:
         VideoError,
     )
     from dissect.exporting import export
+    from dissect.headed import with_head
+    from dissect.inflation import deflate, inflate
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan

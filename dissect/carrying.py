@@ -31,6 +31,8 @@ FILLED = {
     aten.new_zeros.default: 0.0,
     aten.new_ones.default: 1.0,
     aten.new_full.default: None,
+    aten.empty_like.default: 0.0,
+    aten.new_empty.default: 0.0,
 }
 
 

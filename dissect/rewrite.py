@@ -146,6 +146,7 @@ class Context:
         self.clock: tuple[Clock, fx.Node] | None = None
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
+        self.heads: set[Any] = set()  # nodes where a head begins
         self.element_size = 4
         # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
         self.grain = 1
@@ -576,7 +577,8 @@ class Context:
             phased = self.exact and stride > 1
             masked = (self.inside(clock, phase=phased),) if self.exact else ()
             before = CumulativeMean(value.axes.frame, kind="mean" if kind == "sum" else kind)
-            timing = timing.but(pooled=frozenset({len(self.rows)}))
+            # The first frames that it took in hold what stands before the stream, and it never forgets them.
+            timing = timing.but(pooled=frozenset({len(self.rows)}), endless=clock.endless or clock.old > 0)
             out = self.primitive("pool", before, (value, *masked), axes, timing, value.dtype)
             self.row(
                 "cumulative " + kind,
@@ -629,18 +631,45 @@ class Context:
             size *= length
         return size
 
+    @property
+    def in_head(self) -> bool:
+        """The node at hand belongs to a head, which keeps all of its taps."""
+        assert self.branches is not None
+        return bool(self.heads) and self.branches.any_above(self.node, self.heads)
+
+    @property
+    def stem(self) -> bool:
+        """The node at hand is (or would be) a temporal convolution that none stands above, outside of every branch."""
+        assert self.branches is not None
+        others = self.temporal - {self.node}
+        return not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others)
+
+    @property
+    def skip(self) -> str:
+        """How the convolution at hand takes in what it cached; a stem has its frames side by side, unless told otherwise."""
+        free = self.preset != "d3d" or self.stem or self.in_head
+        asked: str = self.settings.get("skip", "concat" if free else self.options.skip)
+        return asked
+
     def depth(self, kernel: int) -> int:
         """Taps that the preset keeps of a temporal convolution with ``kernel`` taps, unless an override says otherwise."""
-        asked: int | None = self.settings.get("depth")
-        if self.preset == "d3d" and asked is None:
+        settings = self.settings
+        asked: int | None = 1 if settings.get("skip") == "none" else settings.get("depth")
+        if self.preset == "d3d" and asked is None and not self.in_head:
             assert self.branches is not None
-            others = self.temporal - {self.node}
-            if not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others):
-                asked = 3
+            if self.stem:
+                asked = self.options.stem
             else:
-                asked = 2 if self.branches.first(self.node, others) else 1
+                first = self.branches.first(self.node, self.temporal - {self.node})
+                asked = 2 if first and self.skip != "none" else 1
         self.temporal.add(self.node)
         return min(kernel, asked if asked is not None else kernel)
+
+    def filled(self, value: Value) -> Value:
+        """The value with what a convolution or a pool shall see before the first frame: zeros, or that frame again."""
+        if self.exact or self.settings.get("fill", self.options.fill) == "zeros":
+            return value
+        return replace(value, timing=value.clock.but(first=True))
 
 
 def gated(value: Value, fill: float) -> tuple[Any, ...]:

@@ -103,6 +103,9 @@ def stream_of(work: Work, given: Mapping[str, Any]) -> Stream:
         given["time_dim"],
         _layouts(given["layouts"]),
         given["rates"],
+        skip=given["skip"],
+        fill=given["fill"],
+        stem=given["stem"],
     )
 
 
