@@ -151,6 +151,8 @@ class _Edges(fx.Interpreter):
                 found += [(axis.size, len(found), part)] if axis.is_time else []
         if not found and out.shape[dim] != self.frames(out):
             raise Unshiftable("it goes over a part of the clip's frames")
+        if not found and len({part.target for part in parts}) > 1:
+            raise Unshiftable("it puts single frames together, its edges among them")
         return max(found)[2] if found else None
 
     def frames(self, value: Value) -> int:

@@ -112,6 +112,8 @@ def _copied(captured: Captured) -> Captured:
 
 def loops(captured: Captured) -> list[Loop]:
     """The loops over frames that a graph holds, the outermost of those that hold each other."""
+    for node in list(captured.graph.nodes):
+        _set_apart(node)
     found = []
     for node in captured.graph.nodes:
         for copies in _ends(node):
@@ -160,6 +162,37 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return captured
+
+
+def _set_apart(node: fx.Node) -> None:
+    """One part in front of a loop's results, or behind them, that is made otherwise than all others: joined to the rest.
+
+    ``torch.stack([*frames, torch.zeros_like(frames[0])])`` is a stack of the frames, and zeros behind it.
+    """
+    if node.target not in (aten.stack.default, aten.cat.default) or len(node.args[0]) < 3:  # type: ignore[arg-type]
+        return
+    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    kinds = [_kind(part) for part in parts]
+    spots = [at for at in (0, len(parts) - 1) if kinds.count(kinds[at]) == 1]
+    if len(spots) != 1 or len(set(kinds)) != 2:
+        return
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    dim = along % node.meta["val"].dim()
+    with node.graph.inserting_before(node):
+        alone = parts.pop(spots[0])
+        rest = node.graph.create_node("call_function", node.target, (parts, dim), name=f"{node.name}_loop")
+        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in parts], dim)}
+        if node.target is aten.stack.default:
+            value = alone.meta["val"]
+            alone = node.graph.create_node("call_function", aten.unsqueeze.default, (alone, dim), name=f"{node.name}_alone")
+            alone.meta = {**node.meta, "val": value.unsqueeze(dim)}
+    node.target = aten.cat.default
+    node.args = ([alone, rest] if spots[0] == 0 else [rest, alone], dim)
+
+
+def _kind(part: Any) -> Any:
+    """How a part is made: the operator, and the shape."""
+    return (part.target if part.op == "call_function" else part, _shape(part)) if isinstance(part, fx.Node) else None
 
 
 def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:

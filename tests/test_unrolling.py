@@ -97,6 +97,18 @@ def with_the_first(net: Looping, x: Tensor) -> Tensor:
     return net.last(torch.stack([net.each(x[:, :, t]) * gate for t in range(x.shape[2])], 2))
 
 
+def motion(net: Looping, x: Tensor) -> Tensor:
+    """Differences of neighbours, and zeros behind the last, as motion modules have them."""
+    later = x.tanh()
+    frames = [net.each(later[:, :, i + 1] - x[:, :, i]) for i in range(x.shape[2] - 1)]
+    return net.last(torch.stack([*frames, torch.zeros_like(frames[0])], 2))
+
+
+def motion_in_front(net: Looping, x: Tensor) -> Tensor:
+    frames = [net.each(x[:, :, i + 1] - x[:, :, i]).unsqueeze(2) for i in range(x.shape[2] - 1)]
+    return net.last(torch.cat([torch.zeros_like(frames[0]), *frames], 2))
+
+
 LOOPS = [
     stacked,
     joined,
@@ -112,6 +124,8 @@ LOOPS = [
     greatest,
     on_channels,
     with_the_first,
+    motion,
+    motion_in_front,
 ]
 
 
