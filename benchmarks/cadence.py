@@ -6,17 +6,16 @@ pass through and gives the same outputs; it is here so that the choice of one se
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
-from measuring import Call, arguments, number, paired, ratio, report
-from networks import NETWORKS
+from measuring import Call, arguments, files, number, paired, ratio, report
+from networks import NETWORKS, clip_call, step_file
 from onnx import TensorProto, helper, numpy_helper
 
 import dissect
-from dissect.benchmarking import onnx_window, step_of
+from dissect.benchmarking import step_of
 from dissect.contract import Contract
 from dissect.sessions import open_session
 from dissect.wire import prune
@@ -137,22 +136,17 @@ def main() -> None:
     rows = []
     for name in options.networks:
         subject = NETWORKS[name]
-        network, example = subject.network(), subject.example()
-        stream = dissect.convert(network, example, "exact")
-        with tempfile.TemporaryDirectory() as folder:
-            paths = {at: Path(folder) / f"{at}.onnx" for at in ("every", "native")}
-            runners = {
-                at: dissect.Runner(stream.export(path, cadence=at), providers="cpu", threads=options.threads)
-                for at, path in paths.items()
-            }
+        with files(options) as folder:
+            paths = {at: step_file(name, "exact", at, folder) for at in ("every", "native")}
+            runners = {at: dissect.Runner(path, providers="cpu", threads=options.threads) for at, path in paths.items()}
             over = branches(paths["native"], options.threads)
+            window = clip_call(name, options.threads, folder)
         period = runners["native"].period
 
         def several(call: Call, count: int = period) -> Call:
             return lambda: [call() for _ in range(count)]
 
         calls = {at: several(step_of(runner)) for at, runner in runners.items()} | {"If": several(over)}
-        window = onnx_window(network, example, options.threads, "cpu")
         found = paired(calls | {"window": window}, seconds=options.seconds, clock=options.clock)
         each = {at: number(times.median / (1 if at == "window" else period)) for at, times in found.items()}
         caches = " / ".join(number(runners[at].cache_bytes / 1e6) for at in ("every", "native"))

@@ -13,15 +13,17 @@ import json
 import os
 import platform
 import resource
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Times", "arguments", "machine", "paired", "peak", "ratio", "report", "table"]
+__all__ = ["Times", "arguments", "files", "machine", "paired", "peak", "ratio", "report", "table"]
 
 Call = Callable[[], Any]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -122,6 +124,7 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for busy machines")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each comparison, about")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--files", type=Path, help="keep step models there, and use those that are there")
     for name, default in more.items():
         given: dict[str, Any] = {"nargs": "*"} if isinstance(default, list) else {}
         kind = type(default[0] if isinstance(default, list) else default)
@@ -131,6 +134,17 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
 
     torch.set_num_threads(parsed.threads)
     return parsed
+
+
+@contextmanager
+def files(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder for step models: the one that was asked for, or one for the time of the block."""
+    if options.files is not None:
+        options.files.mkdir(parents=True, exist_ok=True)
+        yield options.files
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def report(options: argparse.Namespace, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

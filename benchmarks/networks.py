@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import dissect
 from dissect import zoo
+from dissect.counting import multiply_adds
+from dissect.sessions import open_session
 
-__all__ = ["NETWORKS", "Subject"]
+__all__ = ["NETWORKS", "Subject", "clip_call", "converted", "count_of", "step_file"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,43 @@ def _declare() -> None:
     except RuntimeError:
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+
+
+def converted(name: str, preset: str) -> dissect.Stream:
+    """The network dissected, at its own clip."""
+    subject = NETWORKS[name]
+    return dissect.convert(subject.network(), subject.example(), preset)
+
+
+def step_file(name: str, preset: str, cadence: str, folder: Path, stream: dissect.Stream | None = None) -> Path:
+    """The step model of a network, made where ``folder`` has it not; :func:`count_of` then knows its multiply-adds."""
+    path = folder / f"{name}.{preset}.{cadence}.onnx"
+    if not path.exists():
+        stream = stream or converted(name, preset)
+        arguments = (*stream.frame(stream.example, 0), *stream.caches(1))
+        path.with_suffix(".count").write_text(str(multiply_adds(stream.step, arguments)))
+        stream.export(path, cadence=cadence)
+    return path
+
+
+def count_of(path: Path) -> int:
+    """The multiply-adds of a dense step of that file."""
+    return int(path.with_suffix(".count").read_text())
+
+
+def clip_call(name: str, threads: int, folder: Path) -> Callable[[], Any]:
+    """A call that runs the whole network in ONNX Runtime, as a sliding window does; its file is kept in ``folder``."""
+    path, example = folder / f"{name}.clip.onnx", NETWORKS[name].example()
+    if not path.exists():
+        logging.disable(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(NETWORKS[name].network(), example, str(path), dynamo=True, verbose=False)
+        logging.disable(logging.NOTSET)
+    session = open_session(path, "cpu", threads)
+    leaves = example[0] if isinstance(example[0], list) else example
+    feed = {entry.name: leaf.numpy() for entry, leaf in zip(session.get_inputs(), leaves, strict=True)}
+    return lambda: session.run(None, feed)
 
 
 _VISION, _HUB, _X3D = "torchvision.models.video", "pytorchvideo.models.hub", "pytorchvideo.models.x3d"

@@ -75,48 +75,51 @@ def onnx_step(theirs: Any, frame: Tensor, threads: int) -> Call | str:
     """A call of its exported step, or why there is none."""
     import continual as co
 
-    theirs.clean_state()
+    wrapper, state, out = co.onnx.OnnxWrapper(theirs), None, None
     with torch.inference_mode():
-        while not isinstance(theirs.forward_step(frame), Tensor):  # its export wants values for all that it keeps
-            pass
+        while not isinstance(out, Tensor):  # its export wants values for all that it keeps
+            out, state = theirs._forward_step(frame, state)
+    kept = leaves(state, theirs._state_shape)
+    names = ["input", *wrapper.state_input_names]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        file = str(Path(folder) / "step.onnx")
+        outputs = ["output", *(f"n{name}" for name in names[1:])]
         try:
-            kept = co.utils.flatten(theirs.get_state(), remove_none=False)
-            file = str(Path(folder) / "step.onnx")
-            wrapper = co.onnx.OnnxWrapper(theirs)
-            names = ["input", *wrapper.state_input_names]
-            outs = ["output", *(wrapper._i2o_name(name) for name in wrapper.state_input_names)]
-            torch.onnx.export(wrapper, (frame, *kept), file, input_names=names, output_names=outs, dynamo=False)
+            torch.onnx.export(
+                wrapper, (frame, *kept), file, input_names=names, output_names=outputs, dynamo=False, opset_version=16
+            )
             session = open_session(file, "cpu", threads)
             feed = {
-                entry.name: value.numpy() for entry, value in zip(session.get_inputs(), (frame, *kept), strict=True)
+                entry.name: dict(zip(names, (frame, *kept), strict=True))[entry.name].numpy()
+                for entry in session.get_inputs()
             }
-            session.run(None, feed)
+            results = session.run(None, feed)
         except Exception as error:
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:90]}"
-    order = [entry.name for entry in session.get_inputs()]
+    made = [entry.name for entry in session.get_outputs()]
+    with torch.inference_mode():
+        wanted, _ = theirs._forward_step(frame, state)
+    if not isinstance(wanted, Tensor) or not np.allclose(results[0], wanted.numpy(), rtol=1e-3, atol=1e-3):
+        return "its output is not that of its step: counters are constants of the trace"
 
     def call() -> None:
-        results = session.run(None, feed)
-        feed.update(zip(order[1:], results[1:], strict=True))
+        results = dict(zip(made, session.run(None, feed), strict=True))
+        feed.update({name: results[f"n{name}"] for name in feed if f"n{name}" in results})
 
     return call
 
 
+def leaves(state: Any, shape: Any) -> list[Tensor]:
+    """What its modules keep, in the order in which its export names it."""
+    if isinstance(shape, int):
+        return list(state) if shape else []
+    return [leaf for part, inner in zip(state, shape, strict=True) for leaf in leaves(part, inner)]
+
+
 def cache_bytes(theirs: Any) -> int:
-    """Bytes of all tensors that it keeps."""
-    found: list[Tensor] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                walk(part)
-
-    walk(theirs.get_state())
-    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+    """Bytes of all that its modules keep of the past, once they are warm."""
+    return sum(buffer.nbytes for name, buffer in theirs.named_buffers() if name.endswith("state_buffer"))
 
 
 def several(call: Call) -> Call:
@@ -151,10 +154,10 @@ def main() -> None:
                 theirs.forward_step(frame)
 
         calls = {"ours": several(step_of(runner)), "theirs": several(eager)}
+        kept = cache_bytes(theirs)
         exported = onnx_step(theirs, frame, options.threads)
         if not isinstance(exported, str):
             calls["their ONNX"] = several(exported)
-        kept = cache_bytes(theirs)
         times = paired(calls, seconds=options.seconds, clock=options.clock)
         each = {name: number(found.median / PERIOD) for name, found in times.items()}
         rows.append(

@@ -6,19 +6,16 @@ activations and everything but convolutions and matrix products count as loss.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import Call, arguments, number, paired, report
-from networks import NETWORKS
+from measuring import Call, arguments, files, number, paired, report
+from networks import NETWORKS, count_of, step_file
 from onnx import TensorProto, helper
 
 import dissect
 from dissect.benchmarking import step_of
-from dissect.counting import multiply_adds
 from dissect.sessions import open_session
 
 SIDE = 1024
@@ -57,37 +54,31 @@ def main() -> None:
         "A step against the rate of a matrix product.", networks=list(NETWORKS), presets=["d3d", "exact"]
     )
     rows = []
-    for name in options.networks:
-        subject = NETWORKS[name]
-        network, example = subject.network(), subject.example()
-        for preset in options.presets:
-            stream = dissect.convert(network, example, preset)
-            with tempfile.TemporaryDirectory() as folder:
-                runner = dissect.Runner(
-                    stream.export(Path(folder) / "step.onnx"), providers="cpu", threads=options.threads
-                )
-            count = multiply_adds(stream.step, (*stream.frame(example, 0), *stream.caches(1)))
-            times = paired(
-                {"step": step_of(runner), "ORT": product_ort(options.threads), "PyTorch": product_torch()},
-                seconds=options.seconds,
-                clock=options.clock,
-            )
-            limit = np.asarray(times["ORT"].samples) * count / SIDE**3
-            shares = np.divide(times["step"].samples, limit)
-            low, high = np.percentile(shares, [25, 75])
-            rates = [number(2 * SIDE**3 / times[runtime].median / 1e6) for runtime in ("ORT", "PyTorch")]
-            rows.append(
-                [
-                    name,
-                    preset,
-                    number(count / 1e6),
-                    " / ".join(rates),
-                    number(float(np.median(limit))),
-                    str(times["step"]),
-                    f"{np.median(shares):.2f} ({low:.2f} to {high:.2f})",
-                ]
-            )
-            print(*rows[-1], sep="  ", flush=True)
+    for name, preset in [(name, preset) for name in options.networks for preset in options.presets]:
+        with files(options) as folder:
+            path = step_file(name, preset, "every", folder)
+            count, runner = count_of(path), dissect.Runner(path, providers="cpu", threads=options.threads)
+        times = paired(
+            {"step": step_of(runner), "ORT": product_ort(options.threads), "PyTorch": product_torch()},
+            seconds=options.seconds,
+            clock=options.clock,
+        )
+        limit = np.asarray(times["ORT"].samples) * count / SIDE**3
+        shares = np.divide(times["step"].samples, limit)
+        low, high = np.percentile(shares, [25, 75])
+        rates = [number(2 * SIDE**3 / times[runtime].median / 1e6) for runtime in ("ORT", "PyTorch")]
+        rows.append(
+            [
+                name,
+                preset,
+                number(count / 1e6),
+                " / ".join(rates),
+                number(float(np.median(limit))),
+                str(times["step"]),
+                f"{np.median(shares):.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
+        print(*rows[-1], sep="  ", flush=True)
     head = ["network", "preset", "multiply-adds, M", "product, GFLOP/s, ORT / PyTorch", "limit, ms", "step, ms"]
     report(options, [*head, "step over limit"], rows)
 

@@ -6,13 +6,12 @@ buffers that the runner has bound. Second table: a step 25 times a second, as a 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from measuring import arguments, number, paired, ratio, report
-from networks import NETWORKS
+from measuring import arguments, files, number, paired, ratio, report
+from networks import step_file
 
 import dissect
 
@@ -62,10 +61,8 @@ def main() -> None:
     options = arguments("The runner's own cost, and that of spinning.", networks=["x3d_xs_112", "3D-ResNet-18"])
     rows, spinning = [], []
     for name in options.networks:
-        subject = NETWORKS[name]
-        stream = dissect.convert(subject.network(), subject.example(), "d3d")
-        with tempfile.TemporaryDirectory() as folder:
-            path = stream.export(Path(folder) / "step.onnx")
+        with files(options) as folder:
+            path = step_file(name, "d3d", "every", folder)
             rows.append([name, *overhead(path, options)])
             print(*rows[-1], sep="  ", flush=True)
             settings = {"during a step (default)": None, "always": True, "never": False}

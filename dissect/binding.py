@@ -84,6 +84,8 @@ class Table:
 
     def run(self, turn: int, start: int, count: int) -> None:
         """One step of the ``count`` rows from ``start``, which are at ``turn``, on the first ``count`` frames."""
+        assert 0 <= start <= start + count <= self.rows, "ONNX Runtime would write beyond the table"
+        assert count <= self.batch
         pending = self._pending[start : start + count]
         told = self._reset is not None and bool(pending.any())
         if told:

@@ -26,7 +26,7 @@ from dissect import forms
 from dissect.contract import CADENCES
 from dissect.convolution import TemporalConv
 from dissect.holding import Hold
-from dissect.primitives import Clock, CumulativeMean, History, Primitive
+from dissect.primitives import CacheSpec, Clock, CumulativeMean, History, Primitive
 from dissect.recurrence import Recurrent
 from dissect.rewrite import Dissected, Output
 from dissect.stream import Stream
@@ -52,7 +52,7 @@ class Native:
     """A stream at its network's own rate: a step form whose caches are written only when they are due.
 
     step        one frame and the caches in, outputs and new caches out; of these only what is due at a frame counts
-    cache_list  its caches; ``due`` says when each is written, ``outputs`` when each output that moves exists
+    cache_list  its caches, which know when they are due; ``outputs`` says when each output that moves exists
     period      frames after which everything repeats
     """
 
@@ -60,10 +60,18 @@ class Native:
         self.dissected = dissected
         self.period = period
         self.step = forms.build(dissected, "step").eval()
-        self.cache_list = forms.caches_of(dissected)
         self._due = due
-        self.due = tuple(due[node] for node in _keepers(dissected) for _ in _module(dissected, node).specs)  # type: ignore[union-attr]
+        dues = [due[node] for node in dissected.graph.nodes for _ in _specs(dissected, node)]
+        self.cache_list = tuple(
+            replace(cache, due=(when.start, when.gap))
+            for cache, when in zip(forms.caches_of(dissected), dues, strict=True)
+        )
         self.outputs = tuple(_due_of(output) for output in dissected.outputs if _moves(output))
+
+    @property
+    def due(self) -> tuple[Due, ...]:
+        """When each cache is written."""
+        return tuple(Due(*cache.due) for cache in self.cache_list)
 
     def caches(self, stream: Stream, batch: int = 1) -> tuple[Tensor, ...]:
         """The caches of ``batch`` fresh streams, in the type that the given stream's have: zeros, batch first."""
@@ -120,10 +128,10 @@ def _module(dissected: Dissected, node: fx.Node) -> nn.Module | None:
     return dissected.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _keepers(dissected: Dissected) -> list[fx.Node]:
-    """The nodes that keep caches, in the order of their caches."""
-    found = [(node, _module(dissected, node)) for node in dissected.graph.nodes]
-    return [node for node, module in found if isinstance(module, Primitive) and module.specs]
+def _specs(dissected: Dissected, node: fx.Node) -> tuple[CacheSpec, ...]:
+    """The caches that a node keeps."""
+    module = _module(dissected, node)
+    return module.specs if isinstance(module, Primitive) else ()
 
 
 def _ages(module: nn.Module | None) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
-from dissect.cadence import CADENCES, Due, Native, native
+from dissect.cadence import CADENCES, Native, native
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
 from dissect.lowering import lower
@@ -223,8 +223,6 @@ def contract_of(
         for name, value in moving
         if value.timing is not None
     )
-    held = stream.cache_list if sparse is None else sparse.cache_list
-    dues = [Due()] * len(held) if sparse is None else sparse.due
     caches = tuple(
         CacheSpec(
             cache.name,
@@ -233,9 +231,9 @@ def contract_of(
             _dtype(cache.spec.dtype or torch.float32),
             cache.path,
             cache.spec.role,
-            (due.start, due.gap),
+            cache.due,
         )
-        for cache, due in zip(held, dues, strict=True)
+        for cache in (stream if sparse is None else sparse).cache_list
     )
     indices = iter(range(len(outputs)))
     positions = [next(indices) if _moves(output) else None for output in dissected.outputs]

@@ -57,7 +57,8 @@ class Seats:
         """Brings ``seats``, all at one phase, side by side and to one turn: the turn and the first row."""
         period = self.table.contract.period
         count = len(seats)
-        held = {start: [seat for seat in seats if start <= seat.row < start + count] for start in self._windows}
+        starts = [start for start in self._windows if start + count <= self.table.rows]
+        held = {start: [seat for seat in seats if start <= seat.row < start + count] for start in starts}
         start = max(held, key=lambda at: len(held[at]))
         settled = [seat.turn for seat in held[start] if not seat.fresh] or [
             seat.turn for seat in seats if not seat.fresh

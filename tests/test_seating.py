@@ -61,9 +61,11 @@ def test_moves_are_made_at_once(table: Table, seed: int) -> None:
     assert contents(table) == wanted
 
 
-def test_random_batches_find_their_caches(table: Table) -> None:
+@pytest.mark.parametrize(("rows", "batch"), [(6, 3), (7, 3), (5, 4), (2, 2)])
+def test_random_batches_find_their_caches(table: Table, rows: int, batch: int) -> None:
     """A stream's caches hold its own number plus its steps, wherever it has been moved."""
     random = np.random.default_rng(0)
+    table = Table(table.model, rows, batch)
     seats = Seats(table)
     seated: dict[Seat, list[float]] = {}  # its number, its steps
     numbers = itertools.count(1)
@@ -83,6 +85,7 @@ def test_random_batches_find_their_caches(table: Table) -> None:
         chosen = [list(seated)[at] for at in random.permutation(len(seated))[: random.integers(1, table.batch + 1)]]
         turn, start = seats.gather(chosen)
         assert sorted(seat.row for seat in chosen) == list(range(start, start + len(chosen)))
+        assert start + len(chosen) <= rows
         assert len({seat.row for seat in seated}) == len(seated)
         for seat in chosen:
             number, steps = seated[seat]
