@@ -36,6 +36,7 @@ _HOME = {
     "Preprocess": "preprocess",
     "Runner": "runner",
     "Stream": "stream",
+    "StreamPool": "pool",
     "convert": "stream",
     "converter": "registry",
     "deflate": "inflation",
@@ -64,6 +65,7 @@ __all__ = [
     "Runner",
     "Stream",
     "StreamError",
+    "StreamPool",
     "VerificationError",
     "VideoError",
     "__version__",
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan
+    from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
     from dissect.registry import converter, pointwise
     from dissect.rewrite import Refused

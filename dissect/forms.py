@@ -28,11 +28,15 @@ Kind = Literal["clip", "chunk", "step"]
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch."""
+    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch.
+
+    ``due`` is ``(start, gap)``: it is written at the frames ``t`` with ``t % gap == start`` (:mod:`dissect.cadence`).
+    """
 
     name: str
     path: str
     spec: CacheSpec
+    due: tuple[int, int] = (0, 1)
 
 
 def caches_of(dissected: Dissected) -> tuple[Cache, ...]:

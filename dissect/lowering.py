@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dissect.cadence import Native
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.forms import Form
 from dissect.primitives import stacked, tap
@@ -81,7 +82,7 @@ class Affine(nn.Module):
         return x * self.factor.reshape(shape) + self.shift.reshape(shape)
 
 
-def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
+def lower(stream: Stream | Native, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The step form of ``stream`` lowered, a :class:`fx.GraphModule`: frames and caches in, outputs and new caches out."""
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]
