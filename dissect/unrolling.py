@@ -184,7 +184,9 @@ def _set_apart(node: fx.Node) -> None:
         rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in parts], dim)}
         if node.target is aten.stack.default:
             value = alone.meta["val"]
-            alone = node.graph.create_node("call_function", aten.unsqueeze.default, (alone, dim), name=f"{node.name}_alone")
+            alone = node.graph.create_node(
+                "call_function", aten.unsqueeze.default, (alone, dim), name=f"{node.name}_alone"
+            )
             alone.meta = {**node.meta, "val": value.unsqueeze(dim)}
     node.target = aten.cat.default
     node.args = ([alone, rest] if spots[0] == 0 else [rest, alone], dim)
