@@ -34,7 +34,7 @@ def slice_scatter(
     dim %= len(base.shape)
     size = base.shape[dim]
     first, stop, _ = slice(start, end).indices(size)
-    base, source = ctx.sure(base), placed(ctx, source, size, first, stop, step)
+    base, source = ctx.sure(base), placed(ctx, source, dim, size, first, stop, step)
     if (first, stop, step) == (0, size, 1) and not source.constant:
         return source
     axis = (source if base.constant else base).axes[dim]
@@ -69,10 +69,10 @@ def select_scatter(ctx: Context, base: Value, source: Value, dim: int, index: in
     return one_frame(ctx, base, source, dim, index, size - 1 - index if given < 0 or index == size - 1 else None)
 
 
-def placed(ctx: Context, source: Value, size: int, first: int, stop: int, step: int) -> Value:
+def placed(ctx: Context, source: Value, dim: int, size: int, first: int, stop: int, step: int) -> Value:
     """The source once its positions are certain; for a few of the clip's first frames, the write says which count."""
     few = step == 1 and stop < size and 2 * (stop - first) < size
-    if source.constant or not few or source.clock.first or source.clock.still:
+    if source.constant or not few or not source.axes[dim].is_time or source.clock.first or source.clock.still:
         sure: Value = ctx.sure(source)
         return sure
     return replace(source, timing=source.clock.but(wait=0))

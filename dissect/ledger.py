@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dissect.timing import Window
 
-__all__ = ["Axes", "Axis", "Factor", "LedgerError", "apart", "broadcast", "join", "plain", "reshape", "split"]
+__all__ = ["Axes", "Axis", "Factor", "LedgerError", "apart", "bare", "broadcast", "join", "plain", "reshape", "split"]
 
 
 class LedgerError(Exception):
@@ -235,6 +235,16 @@ def apart(axes: Axes) -> Axes:
     factors = [factor for axis in axes.dims for factor in axis.factors]
     front = [Axis((next(factor for factor in factors if factor.kind == kind),)) for kind in "NT"]
     return Axes((*front, *(plain_axis(size) for size in axes.frame)))
+
+
+def bare(axes: Axes) -> Axes:
+    """The ledger without dimensions of size 1 that would give a cache of its frames more than four dimensions."""
+    spare = len(axes.frame) - 3
+    dims = []
+    for axis in axes.dims:
+        spare -= (gone := spare > 0 and not axis.factors)
+        dims += [] if gone else [axis]
+    return Axes(tuple(dims))
 
 
 def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:

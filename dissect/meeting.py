@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dissect.holding import Hold
-from dissect.ledger import Axes, Axis, Factor, plain_axis
+from dissect.ledger import Axes, Axis, Factor, bare, plain_axis
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
@@ -83,7 +83,9 @@ def lateness(clock: Timing, frames: int) -> list[int]:
 
 def hold(ctx: Context, value: Value, mask: object) -> Value:
     """The value while the mask is set, then its last one."""
-    return ctx.primitive("hold", Hold(value.axes.frame), (value, mask), value.axes, value.clock.plain(), value.dtype)
+    x = ctx.reframe(value, bare(value.axes))
+    held = ctx.primitive("hold", Hold(x.axes.frame), (x, mask), x.axes, value.clock.plain(), value.dtype)
+    return ctx.reframe(held, value.axes)
 
 
 def until(ctx: Context, value: Value, time: int) -> Value:

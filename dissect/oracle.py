@@ -90,7 +90,7 @@ class _Edges(fx.Interpreter):
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
         if value is None or value.time is None or not value.axes[value.time].is_time:
-            return super().run_node(n)
+            return self.as_it_is(n)
         packet = n.target.overloadpacket
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
@@ -118,7 +118,21 @@ class _Edges(fx.Interpreter):
         ):
             step = args[4] if len(args) > 4 else 1
             return aten.slice(self.cut(args[0], value, self.trace.get(n.name)), value.time, None, None, step)
-        return super().run_node(n)
+        return self.as_it_is(n)
+
+    def as_it_is(self, n: fx.Node) -> Any:
+        """An operator without edges; where the clip ends in it, it sees as many positions as in the original."""
+        out = self.trace.get(n.name)
+        if out is None or out.constant or out.time is not None:
+            return super().run_node(n)
+
+        def seen(node: fx.Node) -> Any:
+            value, x = self.trace.get(node.name), self.env[node]
+            timed = value is not None and not value.constant and value.time is not None
+            return self.newest(x, value) if timed else x  # type: ignore[arg-type]
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), seen)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
         """The positions of a slice, before its step: moved edges leave them all."""

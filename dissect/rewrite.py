@@ -502,11 +502,13 @@ class Context:
         if frames == 0 or value.constant:
             return value
         source = self._gates.get(gated(value, 0.0), value)
-        history = self._history(source, frames)
+        bare = ledger.bare(value.axes)
+        history = self._history(self.reframe(source, bare), frames)
         clock = value.clock
         timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
         axes = value.axes.windowed(lambda window: replace(window, lag=window.lag + frames))
-        return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), axes, timing, value.dtype)
+        tap = Tap(frames, scalar=not bare.frame)
+        return self.reframe(self.primitive("delay", tap, (history,), bare, timing, value.dtype), axes)
 
     def ask(self, query: Query) -> fx.Node:
         """The clock's answer to a question, ``(rows,)``."""

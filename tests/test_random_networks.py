@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from laws import close, law, leaves, offline
 from random_networks import Drawn, networks
 from torch import Tensor, fx
@@ -105,7 +105,22 @@ def finite(drawn: Drawn) -> bool:
 
 
 @PRESETS
-@settings(max_examples=100, phases=(Phase.generate, Phase.shrink), **LIMITS)
+@settings(max_examples=50, phases=(Phase.generate, Phase.shrink), **LIMITS)
 @given(drawn=networks())
 def test_promises(preset: str, drawn: Drawn) -> None:
     keeps_its_promises(drawn, preset)
+
+
+@pytest.mark.slow
+@PRESETS
+@pytest.mark.parametrize("draw", range(10))
+def test_many_more(draw: int, preset: str) -> None:
+    """A thousand networks in each preset, of other draws than those of every run."""
+
+    @seed(draw)
+    @settings(max_examples=100, phases=(Phase.generate, Phase.shrink), **{**LIMITS, "derandomize": False})
+    @given(drawn=networks())
+    def drawn_anew(drawn: Drawn) -> None:
+        keeps_its_promises(drawn, preset)
+
+    drawn_anew()
