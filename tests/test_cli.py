@@ -104,6 +104,14 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Strided(Tiny):
+    """The same with a temporal stride of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv3d(4, 6, 3, stride=(2, 1, 1), padding=1)
+
+
 # Help and imports.
 
 
@@ -299,6 +307,29 @@ def test_convert_as_json_and_nothing_else(weights: Path, tmp_path: Path) -> None
     assert found["speed"]["runtime"] == "ONNX Runtime"
     assert found["speed"]["step"]["median_ms"] > 0
     assert found["totals"]["delay"] == 0
+
+
+def test_convert_in_the_native_cadence(tmp_path: Path, film: Path) -> None:
+    torch.manual_seed(0)
+    path, network = tmp_path / "net.onnx", f"{__name__}:Strided"
+    options = ["--arch", network, *SMALL, "--preset", "exact", "--no-bench", "--json", "-o", path]
+    native = json.loads(call("convert", *options, "--cadence", "native").stdout)
+    assert dissect.Runner(path).period == 2
+    assert native["totals"]["cadence"] == "native"
+    assert "native cadence" in native["verification"]["rows"][-1]["what"]
+    assert json.loads(call("bench", path, "--steps", 4, "--json").stdout)["step"]["calls"] == 4
+    lines = [json.loads(line) for line in call("run", path, film, "--jsonl").stdout.splitlines()]
+    assert [line["frame"] for line in lines] == list(range(0, 20, 2))
+    torch.manual_seed(0)
+    every = json.loads(call("convert", *options).stdout)
+    first, second = 3 * 4 * 27 * 8 * 8, 4 * 6 * 27 * 8 * 8
+    assert every["totals"]["multiply_adds_per_frame"] == first + second + 6 * 4
+    assert native["totals"]["multiply_adds_per_frame"] == first + (second + 6 * 4) / 2
+    assert native["totals"]["cache_bytes"] < every["totals"]["cache_bytes"]
+    dense = [json.loads(line) for line in call("run", path, film, "--jsonl").stdout.splitlines()]
+    for line in lines:
+        (same,) = [other for other in dense if other["frame"] == line["frame"]]
+        assert dict(line["top"]) == pytest.approx(dict(same["top"]), abs=1e-4)
 
 
 def test_convert_names_the_file_by_the_model(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,41 @@ def test_verify_covers_it(stream: dissect.Stream, model: Path) -> None:
     assert all(row.error is not None for row in report.rows[-2:])
     other = dissect.convert(scrambled(Net(2, 2, head="each"), 1).float(), torch.from_numpy(clip(12)), "exact")
     assert not dissect.verify(other, onnx=model).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "frames", "size"), [("r3d_18", 16, 32), ("r2plus1d_18", 16, 32), ("s3d", 16, 224)])
+def test_public_networks(name: str, frames: int, size: int, tmp_path: Path) -> None:
+    from public_networks import network, random_clip
+
+    model = network(name, num_classes=11)
+    x = random_clip((1, 3, frames, size, size))
+    stream = dissect.convert(model, x, "exact")
+    path = dissect.export(stream, tmp_path / "net.onnx", cadence="native")
+    dissect.verify(stream, model, onnx=path).check()
+    run = dissect.Runner(path, threads=1)
+    assert run.period == stream.timing.stride == 8
+    assert run.cache_bytes < 0.6 * stream.cache_bytes
+    outputs = [out for out in stepped(run, x.numpy()) if out is not None] + run.flush()
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    np.testing.assert_allclose(outputs[-1], wanted, rtol=1e-3, atol=1e-4 * float(np.abs(wanted).max()))
+
+
+def test_a_step_allocates_nothing(model: Path) -> None:
+    run = dissect.Runner(model, threads=1)
+    frame = clip(1)[:, :, 0]
+    for _ in range(3 * run.period):
+        run.step(frame, copy=False)
+    peaks = []
+    tracemalloc.start()
+    try:
+        for _ in range(5):  # of several rounds the best: other threads and the collector allocate when they like
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(4 * run.period):
+                run.step(frame, copy=False)
+            peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    assert min(peaks) < 4096
