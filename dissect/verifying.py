@@ -349,8 +349,12 @@ class _Verifier:
                 leaf = rows_first(leaf, axes) if axes.time is None else _select(leaf, axes)
             ends.append(leaf)
         endless = any(timing.endless for timing in self.stream.leaf_timings)
-        promise = self.stream.options.pool != "none" and not self.stream.options.overrides and not endless
+        placed = [row.path or row.op for row in self.stream.plan if row.placed]
+        promise = self.stream.options.pool != "none" and not (self.stream.options.overrides or endless or placed)
         note = "no scene is steady to what remembers every frame so far" if endless else ""
+        note = (
+            f"no scene is still to what tells positions of the clip apart: {', '.join(placed[:3])}" if placed else note
+        )
         self.compare(
             pair, what, pytree.tree_leaves(out), ends, max(self.tolerance, 1e-4) if promise else float("inf"), note
         )
