@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dissect.ledger import plain
+from dissect.meeting import by_position
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Value
 
@@ -112,7 +113,7 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
     values = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
     axes = values[0].axes
     if len(values) > 1:
-        values, timing = ctx.align(values)
+        values, timing = ctx.align(by_position(ctx, values))
         values, axes = ctx.broadcast(values)
     else:
         timing = values[0].clock

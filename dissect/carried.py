@@ -81,7 +81,11 @@ class _Writer:
             if at not in feeding:
                 feeding.add(at)
                 queue.extend(reads[at])
-        return body | (dependent & feeding), dependent
+        body |= dependent & feeding
+        for at, node in enumerate(self.nodes):  # the results of an operator with several stay with it
+            if node is not None and node.target is operator.getitem and body & set(reads[at]):
+                body.add(at)
+        return body, dependent
 
     def write(self) -> None:
         body, dependent = self.regions()

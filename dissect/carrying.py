@@ -9,6 +9,7 @@ anything but the index of the frame is left as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ FILLED = {
     aten.empty_like.default: 0.0,
     aten.new_empty.default: 0.0,
 }
+_LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class _Differ(Exception):
 def recurring(captured: Captured) -> list[Carrying]:
     """The loops of a graph that carry values; one at a time can be rolled."""
     _uproot(captured)
+    _all_results(captured)
     frames: dict[tuple[fx.Node, int], dict[int, list[fx.Node]]] = {}
     for node in captured.graph.nodes:
         frame = frame_in(node) if node.op == "call_function" else None
@@ -107,6 +110,21 @@ def _uproot(captured: Captured) -> None:
         node.replace_all_uses_with(made)
         captured.graph.erase_node(node)
         made.name = name
+
+
+def _all_results(captured: Captured) -> None:
+    """Every result of a recurrent layer as a node, in order: the last copy of a loop reads others than those before it."""
+    for node in list(captured.graph.nodes):
+        if node.op != "call_function" or node.target not in _LAYERS:
+            continue
+        held = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        after = node
+        for index, value in enumerate(node.meta["val"]):
+            if index not in held:
+                held[index] = captured.graph.call_function(operator.getitem, (node, index))
+                held[index].meta = {**node.meta, "val": value}
+            after.append(held[index])
+            after = held[index]
 
 
 def _follows(node: fx.Node, frames: Sequence[fx.Node]) -> bool:

@@ -20,7 +20,7 @@ from dissect.timing import Length, Timing
 if TYPE_CHECKING:
     from dissect.rewrite import Context, Value
 
-__all__ = ["ended", "ends_met", "spread", "until"]
+__all__ = ["by_position", "ended", "ends_met", "spread", "until"]
 
 
 def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
@@ -79,6 +79,38 @@ def positions(axes: Axes) -> int | None:
 def lateness(clock: Timing, frames: int) -> list[int]:
     """How long after a clip's last frame its last position comes, by the clip's length."""
     return [clock.last(length) - (length - 1) for length in range(1, 4 * frames + 64) if clock.length(length) > 0]
+
+
+def by_position(ctx: Context, values: Sequence[Value]) -> list[Value]:
+    """The operands; where one has an entry for each position of the clip on an axis of space (as a linear layer over time
+    gives them), and another has the positions themselves there, its entry for the newest position is taken.
+
+    The law: at the last position of a clip as long as the example, what meets is what met.
+    """
+    rank = max(len(value.shape) for value in values)
+    done = list(values)
+    for dim in range(-rank, 0):
+        timed = {
+            value.axes[dim].size
+            for value in values
+            if not value.constant and len(value.axes) >= -dim and value.axes[dim].is_time
+        }
+        for index, value in enumerate(done):
+            ended = not value.constant and value.time is None and not value.clock.running and len(value.axes) >= -dim
+            if timed != {1} and ended and value.axes[dim].plain and {value.axes[dim].size} == timed:
+                done[index] = entry(ctx, value, dim)
+    return done
+
+
+def entry(ctx: Context, value: Value, dim: int) -> Value:
+    """The last entry of a plain axis, as the entry for the newest position."""
+    dim %= len(value.axes)
+    at, count = value.axes.kept(dim), value.axes[dim].size
+    assert at is not None
+    timing = value.clock.but(pooled=value.clock.pooled | {len(ctx.rows)})
+    reason = "" if ctx.exact else "of the last positions"
+    ctx.row("the entry for the newest position", exact=ctx.exact, reason=reason, placed=True)
+    return ctx.call(torch.narrow, (value, at + 1, count - 1, 1), value.axes.replace(dim, Axis()), timing, value.dtype)
 
 
 def hold(ctx: Context, value: Value, mask: object) -> Value:

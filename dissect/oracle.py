@@ -327,7 +327,8 @@ class Shifted(_Edges):
         past = any(node.name in self.ended for node in n.all_input_nodes)
         if past and out is not None and out.time is not None:
             raise Unshiftable("a value of the whole clip is broadcast back onto every frame")
-        if past or (out is not None and out.time is None and any(value.time is not None for value in known)):
+        steady = out is None or out.constant or out.time is not None
+        if past or (not steady and any(value.time is not None for value in known)):
             self.ended.add(n.name)
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None

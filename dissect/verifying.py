@@ -363,8 +363,13 @@ class _Verifier:
             ends.append(leaf)
         endless = any(timing.endless for timing in self.stream.leaf_timings)
         asked = {key for changes in self.stream.options.overrides.values() for key in changes}
-        promise = self.stream.options.pool != "none" and asked <= {"depth", "skip", "fill"} and not endless
+        placed = [row.path or row.op for row in self.stream.plan if row.placed]
+        kept = self.stream.options.pool != "none" and asked <= {"depth", "skip", "fill"}
+        promise = kept and not endless and not placed
         note = "no scene is steady to what remembers every frame so far" if endless else ""
+        note = (
+            f"no scene is still to what tells positions of the clip apart: {', '.join(placed[:3])}" if placed else note
+        )
         self.compare(
             pair, what, pytree.tree_leaves(out), ends, max(self.tolerance, 1e-4) if promise else float("inf"), note
         )

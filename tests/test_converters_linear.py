@@ -55,3 +55,28 @@ def test_other_presets_keep_the_law(preset: str) -> None:
         stream = dissect.convert(scrambled(Weighed(back), 0), CLIP, preset=preset)
         assert stream.timing.delay == 0
         law(stream, CLIP)
+
+
+class Excited(nn.Module):
+    """Linear layers over time give each position of the clip a weight of its own, by which it is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3, padding=1)
+        self.excite = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return (x * self.excite(x.mean((1, 3, 4)))[:, None, :, None, None]).mean((3, 4))
+
+
+@pytest.mark.parametrize("preset", ["causal", "d3d", "exact"])
+def test_a_weight_for_each_position(preset: str) -> None:
+    model = scrambled(Excited(), 0)
+    stream = dissect.convert(model, CLIP, preset=preset)
+    dissect.verify(stream, model, runtime=preset == "exact").check()
+    row = next(row for row in stream.plan if row.placed)
+    assert row.verdict == "approximate"
+    if preset == "exact":
+        assert stream.timing.delay == 1
+        close(streamed(stream, CLIP, frames=6)[:, :, -1], model(CLIP)[:, :, -1])
