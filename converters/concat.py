@@ -19,9 +19,9 @@ from dissect.rewrite import Context, Refused, Value
 aten = torch.ops.aten
 
 
-def beside(value: Tensor, like: Tensor) -> Tensor:
-    """A constant with as many rows as ``like``."""
-    return value.expand(like.shape[0], *value.shape[1:])
+def beside(value: Tensor, like: Tensor, frame: Sequence[int]) -> Tensor:
+    """A constant as a frame tensor with as many rows as ``like``."""
+    return value.expand(like.shape[0], *frame)
 
 
 @converter(aten.cat.default)
@@ -63,8 +63,9 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     parts = []
     for value in values:
         if value.constant:
-            value = ctx.conform(value, base.replace(dim, ledger.plain_axis(value.shape[dim])))
-            value = Value(ctx.graph.call_function(beside, (value.node, like.node)), value.axes, None, value.dtype)
+            own = base.replace(dim, ledger.plain_axis(value.shape[dim]))
+            node = ctx.graph.call_function(beside, (ctx.conform(value, own).node, like.node, own.frame))
+            value = Value(node, value.axes, None, value.dtype)
         parts.append(value.node)
     nonneg = all(value.clock.nonneg for value in whole) and len(whole) == len(values)
     fill = 0.0 if len(whole) == len(values) and all(value.clock.fill == 0.0 for value in whole) else None

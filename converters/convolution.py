@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from dissect.converters.crowded import crowded, grouped, lifted, rowwise
 from dissect.converters.stacked import stacked_conv
 from dissect.convolution import FrameConv, TemporalConv
+from dissect.primitives import WindowReduce
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
@@ -95,6 +97,7 @@ def convolve(
     padding: list[tuple[int, int]],
     dilation: list[int],
     groups: int,
+    out: Sequence[int] = (),
 ) -> Value:
     """A convolution whose input may carry time in one of its kernel's dimensions, merged with the batch, or not at all."""
     dims = len(weight.shape) - 2
@@ -102,14 +105,17 @@ def convolve(
         raise Refused(
             "a convolution of an input without a batch dimension", "give the network clips with a batch dimension"
         )
+    if not weight.constant or (bias is not None and not bias.constant):
+        raise Refused(
+            "a convolution whose kernel is computed from the clip", "write it as a sum of weighted and shifted frames"
+        )
     stacked = "T" in x.axes[1].kinds
     for dim, axis in enumerate(x.axes.dims):
         if dim != 0 and not axis.plain and not (dim == 1 and stacked) and not (dim > 1 and axis.is_time):
-            raise Refused(
-                f"a convolution over an axis that merges {axis.kinds.replace('S', 'space ').replace('T', 'time ')}".rstrip()
-            )
-    if not weight.constant or (bias is not None and not bias.constant):
-        raise Refused("a convolution whose kernel is computed from the clip")
+            names = dict.fromkeys({"N": "the batch", "T": "time"}.get(kind, "space") for kind in axis.kinds)
+            raise Refused(f"a convolution over an axis that merges {' and '.join(names)}")
+    if crowded(x) and not stacked:
+        return convolve_crowd(ctx, x, weight, bias, stride, padding, dilation, groups)
     time = next((dim - 2 for dim in range(2, dims + 2) if x.axes[dim].is_time), None)
     space = [dim for dim in range(dims) if dim != time]
     if not x.clock.first or time is None or padding[time] != (0, 0) or weight.shape[2 + time] == 1:
@@ -125,7 +131,7 @@ def convolve(
     }
     if stacked:
         return stacked_conv(ctx, x, weight, bias, settings)
-    axes = x.axes.replace(1, type(x.axes[1])()).sized((x.shape[0], *ctx.out_shape[1:]))
+    axes = x.axes.replace(1, type(x.axes[1])()).sized((x.shape[0], *(out or ctx.out_shape[1:])))
     if time is None:
         return build(ctx, FrameConv, x, x, weight, bias, axes, x.clock.plain(), settings)
     kernel, step, spacing, pads = weight.shape[2 + time], stride[time], dilation[time], padding[time]
@@ -151,13 +157,15 @@ def convolve(
         newest = max(centre, kept - 1)
         fold = [min(max(tap - newest, 1 - kept), 0) + kept - 1 for tap in range(kernel)]
     taps = kernel if fold is None else kept
+    added = ctx.skip == "sum" and taps > 1
     ages = [(taps - 1 - tap) * spacing * clock.stride for tap in range(taps)]
     length = clock.length.then(pads[0] + pads[1] - reach - 1, step)
     if not ctx.exact:
         timing = strided(ctx, clock.plain(), step).but(length=length, old=clock.old + ages[0])
         whole = taps == kernel and causal and step == 1
+        decision = f"{taps} of {kernel} taps" if taps < kernel else f"{taps} taps, past only"
         ctx.row(
-            f"{taps} of {kernel} taps" if taps < kernel else f"{taps} taps, past only",
+            f"the sum of {taps} frames, 1 of {kernel} taps" if added else decision,
             exact=whole,
             reason="" if whole else _why(taps, kernel, step, causal),
             **facts,
@@ -181,8 +189,42 @@ def convolve(
         ctx.row(decision, exact=whole, reason="" if whole else f"{taps} of {kernel} taps by override", **facts)
     if taps == 1:
         return build(ctx, FrameConv, x, x, weight, bias, axes, timing, settings, fold)
-    known = ctx.history(x, ages[0])
+    known = ctx.history(ctx.filled(x), ages[0])
+    if added:
+        total = ctx.primitive("skip", WindowReduce("sum", ages), (known,), x.axes, clock.plain(), x.dtype)
+        return build(ctx, FrameConv, x, total, weight, bias, axes, timing, settings, [0] * kernel, taps)
     return build(ctx, TemporalConv, x, known, weight, bias, axes, timing, {**settings, "ages": ages}, fold)
+
+
+def convolve_crowd(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: list[int],
+    padding: list[tuple[int, int]],
+    dilation: list[int],
+    groups: int,
+) -> Value:
+    """A convolution of rows that carry more than the batch."""
+    dims = len(weight.shape) - 2
+    time = next((dim for dim in range(dims) if x.axes[dim + 2].is_time), None)
+    if time is None or (weight.shape[2 + time] == 1 and padding[time] == (0, 0)):
+        return rowwise(ctx, x, lambda y: convolve(ctx, y, weight, bias, stride, padding, dilation, groups))
+    out, count = ctx.out_shape[1:], x.axes[0].space
+    if dims < 3:
+
+        def over(y: Value, taps: Value) -> Value:
+            shape = (out[0], count, *out[1:])
+            return convolve(ctx, y, taps, bias, [1, *stride], [(0, 0), *padding], [1, *dilation], groups, shape)
+
+        return lifted(ctx, x, weight, over)
+
+    def beside(y: Value, taps: Value, shared: Value | None) -> Value:
+        shape = (count * out[0], *out[1:])
+        return convolve(ctx, y, taps, shared, stride, padding, dilation, groups * count, shape)
+
+    return grouped(ctx, x, weight, bias, beside)
 
 
 def strided(ctx: Context, timing: Any, step: int) -> Any:
@@ -202,12 +244,16 @@ def _why(taps: int, kernel: int, step: int, causal: bool) -> str:
     return ", ".join(reasons) or "right padding removed"
 
 
-def folded(weight: torch.Tensor, time: int, fold: list[int]) -> torch.Tensor:
-    """The kernel with each tap added to the one it is folded into; a still scene gives what it gave before."""
+def folded(weight: torch.Tensor, time: int, fold: list[int], frames: int = 1) -> torch.Tensor:
+    """The kernel with each tap added to the one it is folded into; a still scene gives what it gave before.
+
+    ``frames``: how many of them are added up before the kernel meets them; it gives each its share.
+    """
     shape = list(weight.shape)
     shape[2 + time] = max(fold) + 1
     index = torch.tensor(fold, device=weight.device)
-    return weight.new_zeros(shape).index_add(2 + time, index, weight)
+    kept = weight.new_zeros(shape).index_add(2 + time, index, weight)
+    return kept if frames == 1 else kept / frames
 
 
 def build(
@@ -221,18 +267,20 @@ def build(
     timing: Any,
     settings: dict[str, Any],
     fold: list[int] | None = None,
+    frames: int = 1,
 ) -> Value:
     """Emit the convolution: with its own weights at the layer's path, or with weights passed as arguments."""
 
     def module(weight: torch.Tensor | None, bias: torch.Tensor | None) -> FrameConv:
         if weight is not None and fold is not None:
-            weight = folded(weight, settings["time"], fold)
-        return kind(weight, bias, **settings)  # type: ignore[no-any-return]
+            weight = folded(weight, settings["time"], fold, frames)
+        return kind(weight, bias, **settings)
 
     layer = ctx.layer(module, {"weight": weight, "bias": bias})
     if layer is not None:
         return ctx.module(*layer, (known,), axes, timing, x.dtype)
-    node = weight.node if fold is None else ctx.graph.call_function(folded, (weight.node, settings["time"], fold))
+    how = (weight.node, settings["time"], fold, frames)
+    node = weight.node if fold is None else ctx.graph.call_function(folded, how)
     return ctx.primitive("conv", module(None, None), (known, node, bias), axes, timing, x.dtype)
 
 

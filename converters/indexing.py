@@ -106,7 +106,10 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
             nonneg=x.clock.nonneg and value >= 0,
         )
         inner = x.axes.sized([size if dim != time else x.shape[dim] for dim, size in enumerate(sizes)])
-        y = ctx.call(F.pad, (x, flat, mode) if mode != "constant" else (x, flat, mode, value), inner, still, x.dtype)
+        if mode == "constant":
+            y = ctx.call(F.pad, (x, flat, mode, value), inner, still, x.dtype)
+        else:
+            y = ctx.call(mirrored, (x, flat, mode), inner, still, x.dtype)
     if time is None:
         return y
     if y.clock.still or y.clock.first:
@@ -142,6 +145,13 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
         y = ctx.gate(y)
     timing = y.clock.but(delay=y.clock.delay - left * clock.stride, length=length, nonneg=clock.nonneg and value >= 0)
     return Value(y.node, out, timing, x.dtype)
+
+
+def mirrored(x: torch.Tensor, widths: list[int], mode: str) -> torch.Tensor:
+    """A padding by the frame's own values, of a frame tensor with any number of dimensions before the padded ones."""
+    lead = x.dim() - len(widths) // 2
+    y = F.pad(x.flatten(0, lead - 1).unsqueeze(1) if lead != 2 else x, widths, mode)
+    return y if lead == 2 else y.reshape(*x.shape[:lead], *y.shape[2:])
 
 
 aten_pad = aten.constant_pad_nd.default

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dissect.ledger import plain
+from dissect.meeting import by_position
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Value
 
@@ -112,7 +113,7 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
     values = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
     axes = values[0].axes
     if len(values) > 1:
-        values, timing = ctx.align(values)
+        values, timing = ctx.align(by_position(ctx, values))
         values, axes = ctx.broadcast(values)
     else:
         timing = values[0].clock
@@ -126,7 +127,8 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
             not value.constant for value in values
         )
     timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
-    if target in _WILD or (target.overloadpacket in _QUOTIENTS and isinstance(args[1], Value) and not args[1].constant):
+    quotient = getattr(target, "overloadpacket", None) in _QUOTIENTS
+    if target in _WILD or (quotient and isinstance(args[1], Value) and not args[1].constant):
         timing = timing.but(wild=True)
     operands = iter(values)
     args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
@@ -224,4 +226,5 @@ patient(
     aten.lift_fresh_copy.default,
     aten.detach_.default,
     aten.to.dtype,
+    aten.copy.default,
 )

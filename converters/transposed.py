@@ -8,12 +8,14 @@ taps of the other phases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dissect.converters.convolution import spread
+from dissect.converters.crowded import crowded, grouped, lifted, rowwise
 from dissect.converters.upsampling import spaced
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.ledger import Axis
@@ -36,6 +38,7 @@ def conv_transpose(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    out: Sequence[int] = (),
 ) -> Value:
     dims = len(weight.shape) - 2
     if len(x.shape) != dims + 2:
@@ -49,6 +52,8 @@ def conv_transpose(
         if not axis.plain and not (dim > 1 and axis.is_time):
             raise Refused("a transposed convolution over an axis that merges time with others")
     steps, pads, extra, gaps = (spread(setting, dims) for setting in (stride, padding, output_padding, dilation))
+    if crowded(x):
+        return crowd_transpose(ctx, x, weight, bias, steps, pads, extra, groups, gaps)
     time = next((dim - 2 for dim in range(2, dims + 2) if x.axes[dim].is_time), None)
     space = [dim for dim in range(dims) if dim != time]
     settings: dict[str, Any] = {
@@ -60,7 +65,7 @@ def conv_transpose(
         "transposed": True,
         "output_padding": [extra[dim] for dim in space],
     }
-    axes = x.axes.replace(1, Axis()).sized((x.shape[0], *ctx.out_shape[1:]))
+    axes = x.axes.replace(1, Axis()).sized((x.shape[0], *(out or ctx.out_shape[1:])))
     x = ctx.settled(x)
     if time is None or (weight.shape[2 + time], steps[time], pads[time], extra[time]) == (1, 1, 0, 0):
         return build(ctx, x, [0], weight, bias, axes, x.clock.plain(), settings)
@@ -89,6 +94,39 @@ def conv_transpose(
     return build(ctx, x, ages, weight, bias, axes, timing, settings)
 
 
+def crowd_transpose(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    steps: list[int],
+    pads: list[int],
+    extra: list[int],
+    groups: int,
+    gaps: list[int],
+) -> Value:
+    """A transposed convolution of rows that carry more than the batch."""
+    dims = len(steps)
+    if not any(x.axes[dim + 2].is_time for dim in range(dims)):
+        return rowwise(ctx, x, lambda y: conv_transpose(ctx, y, weight, bias, steps, pads, extra, groups, gaps))
+    out, count = ctx.out_shape[1:], x.axes[0].space
+    if dims < 3:
+
+        def over(y: Value, taps: Value) -> Value:
+            shape = (out[0], count, *out[1:])
+            return conv_transpose(ctx, y, taps, bias, [1, *steps], [0, *pads], [0, *extra], groups, [1, *gaps], shape)
+
+        return lifted(ctx, x, weight, over)
+    shape = (count * out[0], *out[1:])
+    return grouped(
+        ctx,
+        x,
+        weight,
+        bias,
+        lambda y, w, b: conv_transpose(ctx, y, w, b, steps, pads, extra, groups * count, gaps, shape),
+    )
+
+
 def folded(
     ctx: Context,
     x: Value,
@@ -114,6 +152,10 @@ def folded(
     places = [-((tap * gap - pad) // step) for tap in range(kernel)]
     newest = places[0] if ctx.preset == "causal" else min(places[0], 0)
     kept = min(ctx.depth(places[0] - places[-1] + 1), newest - places[-1] + 1) if newest >= places[-1] else 1
+    if kept > 1 and ctx.skip == "sum":
+        raise Refused(
+            "a transposed convolution has no sum of frames", f"leave it out: --set '{ctx.path}: skip=concat' (or none)"
+        )
     fold = [max(0, min(newest - place, kept - 1)) for place in places]
     ages = [age * timing.stride for age in reversed(range(kept))]
     reasons = ["taps moved into the past"] if places[0] > newest or (ctx.preset == "causal" and newest) else []
@@ -153,7 +195,7 @@ def build(
             weight = averaged(weight, settings["time"], *fold)
         return FrameConv(weight, bias, **settings) if single else TemporalConv(weight, bias, ages=ages, **settings)
 
-    source = x if single else ctx.history(x, ages[0])
+    source = x if single else ctx.history(ctx.filled(x), ages[0])
     layer = ctx.layer(module, {"weight": weight, "bias": bias})
     if layer is not None:
         return ctx.module(*layer, (source,), axes, timing, x.dtype)

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,18 @@ from dissect.errors import CaptureError
 from dissect.inputs import Inputs
 from dissect.opaque import standing_aside
 
-__all__ = ["Captured", "capture", "copied", "dropout"]
+__all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
 
 #: stands for the batch while a network is captured; tried in turn
 BATCHES = (13, 2, 1)
+
+
+_CAPTURING = ContextVar("capturing", default=False)
+
+
+def capturing() -> bool:
+    """A network is being captured: what it calls may stand for itself as one operator."""
+    return _CAPTURING.get()
 
 
 @torch.library.custom_op("dissect::dropout", mutates_args=())
@@ -120,9 +129,10 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
 
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
     level = logging.root.manager.disable
+    token = _CAPTURING.set(True)
     logging.disable(logging.CRITICAL)  # an export that fails is explained once, not in torch's log
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _masks_as_given():
             warnings.simplefilter("ignore")
             if shim:
                 with _legacy():
@@ -130,6 +140,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProg
             return torch.export.export(model, args, strict=False)
     finally:
         logging.disable(level)
+        _CAPTURING.reset(token)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -144,7 +155,28 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     for node in list(program.graph.nodes):  # what export asserts of an example is no part of the network
         if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
             program.graph.erase_node(node)
+    _laid_out(program.graph)
     return program
+
+
+def _laid_out(graph: fx.Graph) -> None:
+    """Reshapes as reshapes, without the copies that only a tensor's layout asks for.
+
+    Whether ``reshape`` is a view or a copy, and ``contiguous`` anything at all, follows from the sizes of the example: for
+    two examples the graphs would differ, and so would the names of all later nodes.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _ATEN.clone.default and node.args[0].op != "placeholder":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in (_ATEN.view.default, _ATEN._unsafe_view.default):
+            with graph.inserting_before(node):
+                reshaped = graph.call_function(_ATEN.reshape.default, node.args)
+            reshaped.meta = node.meta
+            node.replace_all_uses_with(reshaped)
+            graph.erase_node(node)
 
 
 def _results(program: ExportedProgram, values: Any) -> tuple[Any, ...]:
@@ -234,6 +266,21 @@ def _note(value: Any, contents: dict[int, tuple[Any, list[Any]]]) -> None:
             contents[id(value)] = (value, items)
         for item in items:
             _note(item, contents)
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Torch's own transformers read the values of a mask to see whether it is causal, which no export can follow.
+
+    What they gain is a faster kernel; the mask itself says the same. There is no public switch for it.
+    """
+    module, name = torch.nn.modules.transformer, "_detect_is_causal_mask"
+    detect = getattr(module, name, None)
+    setattr(module, name, lambda mask, is_causal=None, size=None: bool(is_causal))
+    try:
+        yield
+    finally:
+        delattr(module, name) if detect is None else setattr(module, name, detect)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
+from dissect.cadence import CADENCES, Native, native
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
 from dissect.forms import Cache, fresh
@@ -47,6 +48,7 @@ def export(
     preprocess: Any = None,
     labels: Sequence[str] | None = None,
     reset: bool = False,
+    cadence: str = "every",
     dtype: str = "float32",
     calibration: Iterable[Any] = (),
     live: bool = False,
@@ -59,6 +61,8 @@ def export(
         preprocess: a :class:`~dissect.Preprocess`, kept in the file's metadata.
         labels: the names of the classes, kept there too.
         reset: adds a boolean input ``reset``, ``(batch,)``, that clears a row's caches before the step.
+        cadence: ``"every"``, an output at every frame, or ``"native"``, the outputs of the offline network alone, whose
+            late layers then run only at the frames that need them (see :mod:`dissect.cadence`).
         dtype: of weights and caches; frames and outputs are float32. ``"float16"`` is for GPUs, ``"int8"`` needs
             ``calibration``, see :func:`dissect.quantize`.
         calibration: the streams that the ranges of ``"int8"`` are taken from: videos, clips or frames.
@@ -78,11 +82,10 @@ def export(
         from dissect.quantizing import quantize
 
         with _beside(target) as whole:
-            quantize(
-                export(stream, whole, preprocess=preprocess, labels=labels, reset=reset, live=live), target, calibration
-            )
+            options = {"preprocess": preprocess, "labels": labels, "reset": reset, "cadence": cadence, "live": live}
+            quantize(export(stream, whole, **options), target, calibration)
         return target
-    model = to_model(stream, preprocess, labels, reset, dtype, live)
+    model = to_model(stream, preprocess, labels, reset, cadence, dtype, live)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     with _beside(target) as partial:
         if size > LIMIT:
@@ -100,23 +103,32 @@ def to_model(
     preprocess: Any = None,
     labels: Sequence[str] | None = None,
     reset: bool = False,
+    cadence: str = "every",
     dtype: str = "float32",
     live: bool = False,
 ) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
-    step: Any = lower(stream)
+    if cadence not in CADENCES:
+        raise ExportError(f"cadence {cadence!r} is unknown; there are {', '.join(CADENCES)}")
+    sparse = native(stream) if cadence == "native" else None
+    if sparse is not None and reset:
+        raise ExportError("reset=True clears a row at any frame, and with cadence='native' rows share their phase")
+    if sparse is not None and live:
+        raise ExportError("live=True leaves out the clock, and with cadence='native' the phases need it")
+    source = stream if sparse is None else sparse
+    step: Any = lower(source)
     frames = [
         leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
         for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
     ]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
-    squeeze(step, (*frames, *fresh(stream.cache_list, ROWS, torch.float32)))
+    squeeze(step, (*frames, *fresh(source.cache_list, ROWS, torch.float32)))
     precision = PRECISIONS[dtype]
-    tuned = tune(step, stream.cache_list, frames, live=live, blocked=precision == torch.float32)
+    tuned = tune(step, source.cache_list, frames, live=live, blocked=precision == torch.float32)
     if precision != torch.float32:
         recast(step, torch.float32, precision)
     args = (*frames, *fresh(tuned.caches, ROWS, precision))
-    contract = contract_of(stream, preprocess, labels, tuned.caches, precision)
+    contract = contract_of(stream, preprocess, labels, tuned.caches, precision, sparse)
     names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
     outs = [spec.name for spec in contract.outputs] + [cache.output for cache in contract.caches]
     if reset:
@@ -193,8 +205,12 @@ def contract_of(
     labels: Sequence[str] | None = None,
     kept: Sequence[Cache] | None = None,
     precision: torch.dtype = torch.float32,
+    sparse: Native | None = None,
 ) -> Contract:
-    """All that a runner must know of the step model; ``kept``: its caches, if they are not those of the step form."""
+    """All that a runner must know of the step model.
+
+    ``kept``: its caches, if they are not those of the step form; ``sparse``: the native cadence, where it has one.
+    """
     from dissect import __version__
 
     dissected = stream.dissected
@@ -227,6 +243,7 @@ def contract_of(
             _dtype(cache.spec.dtype or precision),
             cache.path,
             cache.spec.role,
+            cache.due,
         )
         for cache in (stream.cache_list if kept is None else kept)
     )
@@ -247,6 +264,8 @@ def contract_of(
         stride=timing.stride,
         preprocess=preprocess if preprocess is None or isinstance(preprocess, dict) else asdict(preprocess),
         labels=tuple(labels or stream.labels or ()) or None,
+        cadence="every" if sparse is None else "native",
+        period=1 if sparse is None else sparse.period,
         source={"model": dissected.captured.name, "dissect": __version__, "torch": torch.__version__.split("+")[0]},
     )
 

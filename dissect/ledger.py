@@ -1,8 +1,9 @@
 """The axis ledger: which dimension of a tensor carries the batch, and which carries time.
 
 Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, a window ``K`` of the
-last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
-after it was merged into the batch (``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
+last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``,
+``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again after it was merged into the batch
+(``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
 
 A *frame tensor* is the same value without its ``N`` and ``T`` factors and with one leading
 dimension that holds all rows: ``N*T`` of them in the clip form, ``N`` in the step form. The law:
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dissect.timing import Window
 
-__all__ = ["Axes", "Axis", "Factor", "LedgerError", "apart", "broadcast", "join", "plain", "reshape", "split"]
+__all__ = ["Axes", "Axis", "Factor", "LedgerError", "apart", "bare", "broadcast", "join", "plain", "reshape", "split"]
 
 
 class LedgerError(Exception):
@@ -234,6 +235,16 @@ def apart(axes: Axes) -> Axes:
     factors = [factor for axis in axes.dims for factor in axis.factors]
     front = [Axis((next(factor for factor in factors if factor.kind == kind),)) for kind in "NT"]
     return Axes((*front, *(plain_axis(size) for size in axes.frame)))
+
+
+def bare(axes: Axes) -> Axes:
+    """The ledger without dimensions of size 1 that would give a cache of its frames more than four dimensions."""
+    spare = len(axes.frame) - 3
+    dims = []
+    for axis in axes.dims:
+        spare -= (gone := spare > 0 and not axis.factors)
+        dims += [] if gone else [axis]
+    return Axes(tuple(dims))
 
 
 def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:

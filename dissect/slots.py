@@ -43,10 +43,13 @@ class Slots(Known):
 
 
 class Joined(Known):
-    """The values of every age stacked in one tensor, the newest also for itself."""
+    """The values of every age stacked in one tensor; those of the past, and the newest, also for themselves.
 
-    def __init__(self, values: Tensor, newest: Tensor) -> None:
-        self.values, self.newest = values, newest
+    Who reads the past alone is given the past alone: in the native cadence there may be no newest value to wait for.
+    """
+
+    def __init__(self, values: Tensor, past: Tensor, newest: Tensor) -> None:
+        self.values, self.past, self.newest = values, past, newest
 
     def tap(self, age: int) -> Tensor:
         return self.newest if age == 0 else self.run(age, 1)
@@ -54,14 +57,14 @@ class Joined(Known):
     def run(self, age: int, count: int) -> Tensor:
         """``count`` values, the oldest of them ``age`` frames old."""
         channels = self.newest.shape[1]
-        stop = self.values.shape[1] - (age + 1 - count) * channels
-        return self.values[:, stop - count * channels : stop]
+        last = age + 1 - count
+        source = self.past if last > 0 else self.values
+        stop = source.shape[1] - (last - (last > 0)) * channels
+        return source if count * channels == source.shape[1] else source[:, stop - count * channels : stop]
 
     def stacked(self, ages: Sequence[int]) -> Tensor:
-        if tuple(ages) != tuple(range(ages[0], ages[-1] - 1, -1)):
-            return super().stacked(ages)
-        whole = len(ages) * self.newest.shape[1] == self.values.shape[1]
-        return self.values if whole else self.run(ages[0], len(ages))
+        falling = tuple(ages) == tuple(range(ages[0], ages[-1] - 1, -1))
+        return self.run(ages[0], len(ages)) if falling else super().stacked(ages)
 
 
 class SlotHistory(nn.Module):
@@ -78,7 +81,7 @@ class JoinedHistory(nn.Module):
     def forward(self, x: Tensor, caches: tuple[Tensor], frames: None = None) -> Any:
         x = x.unsqueeze(1) if x.dim() == 1 else x
         values = torch.cat([caches[0], x], 1)
-        return Joined(values, x), (values[:, x.shape[1] :],)
+        return Joined(values, caches[0], x), (values[:, x.shape[1] :],)
 
 
 def slotted(module: fx.GraphModule, caches: Sequence[Cache]) -> tuple[Cache, ...]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dissect.flattening import flatten
 from dissect.forms import Cache, fresh
 from dissect.gating import shared, steady
 from dissect.lowering import LoweredConv
 from dissect.primitives import Tap
 from dissect.slots import slotted
-from dissect.squeezing import flatten, shapes_of
+from dissect.squeezing import shapes_of
 from dissect.widening import MULTIPLE, widen
 
 __all__ = ["Tuned", "tune"]

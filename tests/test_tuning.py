@@ -86,9 +86,14 @@ class Strided(nn.Module):
         return self.fc(F.relu(self.third(x)).mean((2, 3, 4)))
 
 
+def resnet(width: int, shortcut: Any = "A") -> nn.Module:
+    """A 3D-ResNet of one block a stage."""
+    return zoo.ResNet(zoo.BasicBlock, (1, 1, 1, 1), num_classes=4, width=width, shortcut=shortcut)
+
+
 NETWORKS = {
-    "resnet": lambda: zoo.resnet18(num_classes=4, width=8, seed=0),
-    "shortcut b": lambda: zoo.resnet18(num_classes=4, width=4, seed=0, shortcut="B"),
+    "resnet": lambda: resnet(8),
+    "shortcut b": lambda: resnet(4, "B"),
     "mobile": Mobile,
     "strided": Strided,
 }
@@ -193,7 +198,7 @@ def test_slots_and_joined_histories_tell_what_a_history_tells(ages: tuple[int, .
     torch.manual_seed(0)
     values = [torch.randn(2, 3, 4) for _ in range(4)]
     wanted = torch.cat([values[3 - age] for age in ages], 1)
-    for known in (Slots(values), Joined(torch.cat(values, 1), values[-1])):
+    for known in (Slots(values), Joined(torch.cat(values, 1), torch.cat(values[:-1], 1), values[-1])):
         assert torch.equal(known.stacked(ages), wanted)
         assert torch.equal(torch.cat([known.tap(age) for age in ages], 1), wanted)
 
@@ -203,7 +208,7 @@ def test_a_cache_of_one_frame_is_the_value_itself() -> None:
     graph = exported("resnet", "d3d").graph
     makers = {output: node for node in graph.node for output in node.output}
     caches = [value.name for value in graph.output if "layer" in value.name]
-    assert len(caches) == 8
+    assert len(caches) == 4
     assert {makers[name].op_type for name in caches} <= {"Relu", "MaxPool"}
     assert not {"Slice", "Split", "Gather", "Where", "Expand"} & {
         node.op_type for node in graph.node if any("layer" in name for name in (*node.input, *node.output))
@@ -277,7 +282,7 @@ def test_sums_are_written_so_that_the_older_part_takes_them() -> None:
     makers = {output: node for node in graph.node for output in node.output}
     sums = [node for node in graph.node if node.op_type == "Add" and makers[node.input[0]].op_type == "Conv"]
     fresh_sums = [node for node in sums if makers[node.input[0]].input[0] in {value.name for value in graph.input}]
-    assert len(fresh_sums) >= 2 * 16
+    assert len(fresh_sums) >= 2 * 8
 
 
 def test_a_skip_connection_that_waits_in_a_cache_is_added_by_a_convolution() -> None:
@@ -288,12 +293,12 @@ def test_a_skip_connection_that_waits_in_a_cache_is_added_by_a_convolution() -> 
     skips = [node for node in relus if node.op_type == "Add"]
     first = [makers[node.input[0]] for node in skips if node.input[0] in makers]
     assert [node.op_type for node in first].count("Conv") == len(first)
-    assert sum(node.input[0] in given for node in first) >= 5
+    assert sum(node.input[0] in given for node in first) >= 1
 
 
 def test_a_shortcut_without_weights_leaves_the_layout_alone() -> None:
     wide = dissect.convert(
-        scrambled(zoo.resnet18(num_classes=4, width=16, seed=0), 1),
+        scrambled(resnet(16), 1),
         torch.randn(1, 3, 16, 64, 64, dtype=torch.float64),
         preset="d3d",
     )
