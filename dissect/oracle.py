@@ -49,10 +49,11 @@ _POOLS = {
 }
 
 
+_ADAPTIVE = [getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)]
 _OVER_TIME = (
     *(aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min),
     *(aten.std, aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm),
-    *[getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)],
+    *_ADAPTIVE,
 )
 
 
@@ -97,6 +98,11 @@ class _Edges(fx.Interpreter):
             return self.conv(_CONV[packet], value.time, *args, **kwargs)
         if packet in _OVER_TIME and self.ends(n, value):
             return n.target(self.newest(args[0], value), *args[1:], **kwargs)
+        if packet in _ADAPTIVE and (at := value.time - len(value.shape) + len(args[1])) >= 0:
+            sizes = list(args[1])
+            if sizes[at] == value.shape[value.time]:  # a pool over space alone, however many positions there are now
+                sizes[at] = args[0].shape[value.time]
+            return n.target(args[0], sizes)
         if packet in _POOLS:
             x, kernel, *rest = args
             if _spread(kernel, _POOLS[packet])[value.time - len(value.shape)] == value.shape[value.time]:
@@ -179,7 +185,7 @@ class _Edges(fx.Interpreter):
     def ends(self, n: fx.Node, value: Value) -> bool:
         """The operator leaves one position for the whole clip."""
         packet = n.target.overloadpacket  # type: ignore[union-attr]
-        if "adaptive" in str(packet):
+        if packet in _ADAPTIVE:
             sizes: Any = n.args[1]
             at = value.time - (len(value.shape) - len(sizes))  # type: ignore[operator]
             return bool(at >= 0 and sizes[at] == 1)

@@ -123,7 +123,7 @@ def loops(captured: Captured) -> list[Loop]:
                 matcher.match(copies)
             except _Differ:
                 continue
-            if matcher.sources:
+            if matcher.sources and not _lengthens(node, matcher.wide):
                 found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
     return found
 
@@ -163,6 +163,16 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return captured
+
+
+def _lengthens(node: fx.Node, wide: set[tuple[int, int]]) -> bool:
+    """Whether a node puts windows behind each other along time again: pieces that stay frames are no loop."""
+    if node.target is not aten.cat.default:
+        return False
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    value = node.args[0][0].meta["val"]  # type: ignore[index, union-attr]
+    dim = along % value.dim()
+    return (dim, value.dim()) in wide and value.shape[dim] > 1
 
 
 def _set_apart(node: fx.Node) -> None:
@@ -279,6 +289,7 @@ class _Matcher:
         self.seen: set[tuple[fx.Node, ...]] = set()
         self.sources: list[tuple[fx.Node, int]] = []
         self.shared: list[fx.Node] = []
+        self.wide: set[tuple[int, int]] = set()  # dimension and rank of what the copies take several frames of
         self.constants: dict[fx.Node, bool] = {}
 
     def match(self, copies: Sequence[fx.Node], build: bool = False) -> fx.Node | None:
@@ -342,6 +353,8 @@ class _Matcher:
             return None
         if any(frame.index != first.index + step * at for at, frame in enumerate(frames)):
             return None
+        if first.width > 1:
+            self.wide.add((first.dim, first.source.meta["val"].dim()))
         if (first.source, first.dim) not in self.sources:
             self.sources.append((first.source, first.dim))
         return frames
