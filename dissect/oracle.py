@@ -102,8 +102,10 @@ class _Edges(fx.Interpreter):
             return self.adaptive(n.target, value, *args)
         if packet in _POOLS:
             x, kernel, *rest = args
-            if _spread(kernel, _POOLS[packet])[value.time - len(value.shape)] == value.shape[value.time]:
+            kernel, at = _spread(kernel, _POOLS[packet]), value.time - len(value.shape)
+            if kernel[at] == value.shape[value.time]:  # over the whole clip: over all positions there are
                 x = self.newest(x, value)
+                kernel[at] = min(kernel[at], x.shape[value.time])
             return self.pool(n.target, _POOLS[packet], value.time, x, kernel, *rest, **kwargs)
         if packet is aten.pad or packet is aten.constant_pad_nd:
             at = 2 * (len(value.shape) - 1 - value.time) + 1
