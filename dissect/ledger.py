@@ -21,7 +21,20 @@ from torch import Tensor
 
 from dissect.timing import Window
 
-__all__ = ["Axes", "Axis", "Factor", "LedgerError", "apart", "broadcast", "join", "plain", "reshape", "split"]
+__all__ = [
+    "Axes",
+    "Axis",
+    "Factor",
+    "LedgerError",
+    "alone",
+    "apart",
+    "broadcast",
+    "join",
+    "plain",
+    "reshape",
+    "split",
+    "without",
+]
 
 
 class LedgerError(Exception):
@@ -234,6 +247,19 @@ def apart(axes: Axes) -> Axes:
     factors = [factor for axis in axes.dims for factor in axis.factors]
     front = [Axis((next(factor for factor in factors if factor.kind == kind),)) for kind in "NT"]
     return Axes((*front, *(plain_axis(size) for size in axes.frame)))
+
+
+def alone(axes: Axes, dim: int) -> bool:
+    """Whether a dimension is, or begins with, a batch of one: the network was captured for a single row."""
+    return axes[dim].kinds[:1] == "N" and axes[dim].factors[0].size == 1
+
+
+def without(axes: Axes, dim: int) -> Axes:
+    """The ledger without a dimension of size 1; a batch of one goes to the dimension behind it."""
+    rest = list(axes.dims[:dim] + axes.dims[dim + 1 :])
+    if axes[dim].kinds == "N" and dim < len(rest):
+        rest[dim] = Axis((*axes[dim].factors, *rest[dim].factors))
+    return Axes(tuple(rest))
 
 
 def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:

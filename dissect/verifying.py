@@ -349,7 +349,7 @@ class _Verifier:
                 leaf = rows_first(leaf, axes) if axes.time is None else _select(leaf, axes)
             ends.append(leaf)
         endless = any(timing.endless for timing in self.stream.leaf_timings)
-        placed = [row.path or row.op for row in self.stream.plan if row.placed]
+        placed = [row.path or row.op for row in self.stream.plan if row.placed and row.future]
         promise = self.stream.options.pool != "none" and not (self.stream.options.overrides or endless or placed)
         note = "no scene is steady to what remembers every frame so far" if endless else ""
         note = (
