@@ -106,7 +106,7 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
         kernel=positions,
         stride=stride,
     )
-    known = ctx.history(x, ages[0])
+    known = ctx.history(ctx.filled(x), ages[0])
     beside = Axes(x.axes.dims[:-1]).frame
     settings: dict[str, Any] = {"ages": ages, "before": before, "after": after, "beside": beside}
     layer = ctx.layer(lambda weight, bias: WindowLinear(weight, bias, **settings), {"weight": weight, "bias": bias})

@@ -83,7 +83,7 @@ def batch_norm_running(
         path, module = layer
         counter = ctx.captured.state.get(f"{path}.num_batches_tracked")
         if counter is not None:
-            module.num_batches_tracked.copy_(counter)  # type: ignore[union-attr,operator]
+            module.get_buffer("num_batches_tracked").copy_(counter)
         return ctx.module(path, module, (x,), x.axes, timing, x.dtype), None, None
     y = ctx.call(F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps), x.axes, timing, x.dtype)
     return y, None, None

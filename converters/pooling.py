@@ -127,7 +127,7 @@ def pool(
         add = min(add + step - 1, pad - 1)
     length = clock.length.then(add, step)
     if not ctx.exact:
-        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" else size)
+        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" and not ctx.in_head else size)
         if (size, step) != (1, 1):
             reasons = [f"{taps} of {size} frames"] if taps < size else ["past only"] if size > 1 else []
             reasons += ["temporal stride removed"] if step > 1 else []
@@ -206,6 +206,8 @@ def pool_taps(
             if gap == clock.stride:
                 extra["count"] = ctx.inside(clock, positions=len(ages), widen=widen if include_pad else (0, 0))
                 divisor = 1.0
+        if "count" not in extra:  # a mean of what was seen has no use for a filling
+            y = ctx.filled(y)
         reduce = WindowReduce("mean", ages, divisor)
     history = ctx.history(y, ages[0])
     return ctx.primitive("pool", reduce, (history,), axes, timing, y.dtype, **extra)
@@ -215,11 +217,11 @@ def spaced(x: torch.Tensor, name: str, lead: int, options: dict[str, Any]) -> to
     """A spatial pool of a frame tensor with ``lead`` dimensions before its spatial ones."""
     target = getattr(F, name)
     if lead == 1:
-        return target(x, **options)  # type: ignore[no-any-return]
+        return target(x, **options)
     if lead == 0:
-        return target(x.unsqueeze(1), **options).squeeze(1)  # type: ignore[no-any-return]
+        return target(x.unsqueeze(1), **options).squeeze(1)
     y = target(x.flatten(0, lead - 1), **options)
-    return y.reshape(*x.shape[:lead], *y.shape[1:])  # type: ignore[no-any-return]
+    return y.reshape(*x.shape[:lead], *y.shape[1:])
 
 
 @converter(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)

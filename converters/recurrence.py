@@ -270,7 +270,7 @@ def _cell(name: str) -> Any:
             if values[0].constant
             else values[0]
         )
-        tensors = [weight for weight in weights]
+        tensors = list(weights)
         node = ctx.graph.call_function(KINDS[name].cell, ctx.arg((x, tuple(states), *tensors)))
         timing = timing.plain()
         parts = [

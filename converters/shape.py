@@ -15,7 +15,8 @@ from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
-_ELEMENTWISE = {*pointwise._KEEPS_ZERO, *pointwise._OTHER}
+_ELEMENTWISE = {*pointwise.KEEPS_ZERO, *pointwise.OTHER}
+_EXPANDS = (aten.expand.default, aten.expand_copy.default)
 
 
 @converter(
@@ -78,15 +79,15 @@ def unsqueeze(ctx: Context, x: Value, dim: int) -> Value:
 
 
 def broadcasts(user: fx.Node, node: fx.Node) -> bool:
-    """Whether an elementwise operator has another operand of that shape, which decides the shape of its result."""
+    """Whether an elementwise operator has another operand of that shape, no broadcast itself, which decides the result's."""
     if user.target not in _ELEMENTWISE:
         return False
     shape = node.meta["val"].shape
-    others = [arg for arg in user.all_input_nodes if arg is not node]
+    others = [arg for arg in user.all_input_nodes if arg.target not in _EXPANDS]
     return any(isinstance(arg.meta.get("val"), torch.Tensor) and arg.meta["val"].shape == shape for arg in others)
 
 
-@converter(aten.expand.default, aten.expand_copy.default)
+@converter(*_EXPANDS)
 def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) -> Value:
     """A broadcast: over time it costs nothing, since a frame has no time axis; nor does one that its reader does itself."""
     shape = ctx.out_shape

@@ -60,7 +60,8 @@ def argsort(ctx: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
 def sort(
     ctx: Context, x: Value, *args: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> tuple[Value, Value]:
-    dim, descending = (*args, *(dim, descending)[len(args) :])
+    given: list[Any] = [*args, *(dim, descending)[len(args) :]]
+    dim, descending = given
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.sort, (at, descending), x.axes)
 
@@ -78,14 +79,16 @@ def topk(
     return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k))
 
 
-@converter(aten.median.dim, aten.kthvalue.default, aten.mode.default)
+_RANKED = {aten.median.dim: torch.median, aten.kthvalue.default: torch.kthvalue, aten.mode.default: torch.mode}
+
+
+@converter(*_RANKED)
 def ranked(ctx: Context, x: Value, *args: Any) -> tuple[Value, Value]:
     first = 1 if ctx.node.target is aten.kthvalue.default else 0
-    dim, keepdim = (*args[first:], *(-1, False)[len(args) - first :])
+    given: list[Any] = [*args[first:], *(-1, False)[len(args) - first :]]
+    dim, keepdim = given
     at = inside(ctx, x, dim)
-    target = {aten.median.dim: torch.median, aten.kthvalue.default: torch.kthvalue, aten.mode.default: torch.mode}[
-        ctx.node.target
-    ]
+    target = _RANKED[ctx.node.target]  # type: ignore[index]
     return pair(ctx, x, target, (*args[:first], at, keepdim), shaped(ctx, x, dim, 1, keepdim))
 
 

@@ -39,10 +39,8 @@ def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: in
         ctx.row("crop of the clip" if first or cropped else "temporal stride removed", exact=True, **facts)
         return Value(x.node, out, timing.certain(ctx.frames), x.dtype)
     spacing = clock.stride if ctx.preset == "causal" else clock.removed
-    before, after = (
-        max(0, timing.owed(ctx.frames, gap))
-        for timing, gap in ((clock, spacing), (clock.but(length=length), spacing * step))
-    )
+    before = clock.owed(ctx.frames, spacing)
+    after = clock.but(length=length).owed(ctx.frames, spacing * step)
     late = after - before - first * spacing
     back = -(-max(0, late) // spacing) * clock.stride
     decision = f"as it was {back} frame{'s' * (back > 1)} ago" if back else "every frame"

@@ -36,13 +36,18 @@ _HOME = {
     "Preprocess": "preprocess",
     "Runner": "runner",
     "Stream": "stream",
+    "StreamPool": "pool",
     "convert": "stream",
     "converter": "registry",
+    "deflate": "inflation",
     "export": "exporting",
+    "heads": "",
+    "inflate": "inflation",
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
     "verify": "verifying",
+    "with_head": "headed",
     "zoo": "",
 }
 
@@ -60,20 +65,26 @@ __all__ = [
     "Runner",
     "Stream",
     "StreamError",
+    "StreamPool",
     "VerificationError",
     "VideoError",
     "__version__",
     "convert",
     "converter",
+    "deflate",
     "export",
+    "heads",
+    "inflate",
     "load",
     "per_frame",
     "pointwise",
     "verify",
+    "with_head",
     "zoo",
 ]
 
 if TYPE_CHECKING:
+    from dissect import heads as heads
     from dissect import zoo as zoo
     from dissect.errors import (
         CaptureError,
@@ -88,9 +99,12 @@ if TYPE_CHECKING:
         VideoError,
     )
     from dissect.exporting import export
+    from dissect.headed import with_head
+    from dissect.inflation import deflate, inflate
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan
+    from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
     from dissect.registry import converter, pointwise
     from dissect.rewrite import Refused

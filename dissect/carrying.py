@@ -21,16 +21,19 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.capturing import Captured
 from dissect.unrolling import Frame, frame_in
 
-__all__ = ["Carrying", "Slot", "recurring"]
+__all__ = ["FILLED", "Carrying", "Slot", "recurring"]
 
 aten = torch.ops.aten
-_FILLED = {
+#: operators that give a tensor of one number, and the number; they read an activation for its size alone
+FILLED = {
     aten.zeros_like.default: 0.0,
     aten.ones_like.default: 1.0,
     aten.full_like.default: None,
     aten.new_zeros.default: 0.0,
     aten.new_ones.default: 1.0,
     aten.new_full.default: None,
+    aten.empty_like.default: 0.0,
+    aten.new_empty.default: 0.0,
 }
 _LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
@@ -92,9 +95,9 @@ def _uproot(captured: Captured) -> None:
     """Tensors of one number that take their size from a frame take it from the clip: they are the same for every copy."""
     root = next(node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs)
     for node in list(captured.graph.nodes):
-        if node.target not in _FILLED or node.args[0].op == "placeholder":
+        if node.target not in FILLED or node.args[0].op == "placeholder":
             continue
-        value = _FILLED[node.target]
+        value = FILLED[node.target]
         number = node.args[-1] if value is None else value
         kwargs = {} if node.meta["val"].dtype == root.meta["val"].dtype else {"dtype": node.meta["val"].dtype}
         with captured.graph.inserting_before(node):

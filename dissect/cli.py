@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dissect import __version__, options
+from dissect.contract import CADENCES
 from dissect.errors import NotStreamable
 
 __all__ = ["main"]
@@ -66,6 +67,13 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
 @click.option("--labels", type=STEP, help="A text file with the names of the classes, one a line; kept in the file.")
 @click.option("--mean", help="Mean of the pixels for each channel, with commas. [Kinetics: 0.43216,0.394666,0.37645]")
 @click.option("--std", help="Deviation of the pixels for each channel. [Kinetics: 0.22803,0.22145,0.216989]")
+@click.option(
+    "--cadence",
+    type=click.Choice(CADENCES),
+    default="every",
+    show_default=True,
+    help="every: an output at each frame. native: those of the clip network alone, its late layers at their own rate.",
+)
 @click.option("--verify/--no-verify", "checked", default=True, help="Compare the step model with the original.")
 @click.option("--bench/--no-bench", "measured", default=True, help="Measure a step against the sliding window.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for the measurement. [one for each core]")
@@ -89,12 +97,12 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         stream = workbench.stream_of(work, rest)
         pictures = workbench.describe(stream, rest)
         stage("counting")
-        totals = workbench.totals(stream, work)
+        totals = workbench.totals(stream, work, rest["cadence"])
         found |= {"plan": json.loads(stream.plan.to_json()), "totals": totals}
         words = [("plan", workbench.summary(stream)), *workbench.in_words(totals), ("preprocessing", pictures)]
         stage.print(out, rendering.pairs(words))
         stage("writing")
-        with workbench.written(stream, path) as file:
+        with workbench.written(stream, path, rest["cadence"]) as file:
             if rest["checked"]:
                 from dissect.verifying import verify as verified
 
@@ -107,8 +115,10 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         stage.print(out, rendering.pairs([("file", f"{path}, {rendering.kilobytes(found['bytes'])}")]))
         if rest["measured"]:
             stage("measuring")
-            step = benchmarking.step_of(Runner(path, threads=rest["threads"]))
-            comparison, remark = workbench.race(step, work, rest["threads"], stream=stream)
+            runner = Runner(path, threads=rest["threads"])
+            comparison, remark = workbench.race(
+                benchmarking.step_of(runner), work, rest["threads"], stream=stream, frames=runner.period
+            )
             found["speed"] = {**comparison.to_dict(), "remark": remark}
     if rest["measured"]:
         rendering.print_comparison(out, comparison, remark)
@@ -178,7 +188,7 @@ def bench(
     out = rendering.notes() if as_json else rendering.console()
     found: dict[str, Any] = {"ok": True, "provider": runner.providers[0], "threads": threads, "batch": batch}
     if model is None:
-        latency = benchmarking.measure(call, steps)
+        latency = benchmarking.measure(call, steps, frames=runner.period)
         found["step"] = latency.to_dict()
         out.print(rendering.latency_table([("step", latency)]))
     else:
@@ -188,7 +198,9 @@ def bench(
             stage("loading")
             work = workbench.work_of(model, rest)
             stage("measuring")
-            comparison, remark = workbench.race(call, work, threads, provider, max(3, steps // 10))
+            comparison, remark = workbench.race(
+                call, work, threads, provider, max(3, steps // 10), frames=runner.period
+            )
         found |= {**comparison.to_dict(), "remark": remark}
         rendering.print_comparison(out, comparison, remark)
     if as_json:

@@ -28,11 +28,15 @@ Kind = Literal["clip", "chunk", "step"]
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch."""
+    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch.
+
+    ``due`` is ``(start, gap)``: it is written at the frames ``t`` with ``t % gap == start`` (:mod:`dissect.cadence`).
+    """
 
     name: str
     path: str
     spec: CacheSpec
+    due: tuple[int, int] = (0, 1)
 
 
 def caches_of(dissected: Dissected) -> tuple[Cache, ...]:
@@ -93,7 +97,10 @@ class Form(nn.Module):
         return self
 
     def forward(self, *args: Any, frames: int | None = None) -> Any:
-        """The clip form takes the original's inputs (``frames``: where batch and time are merged), the others a frame or chunk and the caches."""
+        """The clip form takes the original's inputs, the others a frame or chunk and the caches.
+
+        ``frames`` says how many there are where batch and time are merged.
+        """
         inputs = self.structure.inputs
         given = inputs.spec.num_children if self.kind == "clip" else inputs.given
         if len(args) < given and not (self.kind == "clip" and len(args) == len(inputs.groups)):

@@ -1,8 +1,9 @@
 """The axis ledger: which dimension of a tensor carries the batch, and which carries time.
 
 Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, a window ``K`` of the
-last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
-after it was merged into the batch (``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
+last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``,
+``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again after it was merged into the batch
+(``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
 
 A *frame tensor* is the same value without its ``N`` and ``T`` factors and with one leading
 dimension that holds all rows: ``N*T`` of them in the clip form, ``N`` in the step form. The law:
@@ -28,6 +29,7 @@ __all__ = [
     "LedgerError",
     "alone",
     "apart",
+    "bare",
     "broadcast",
     "join",
     "plain",
@@ -260,6 +262,16 @@ def without(axes: Axes, dim: int) -> Axes:
     if axes[dim].kinds == "N" and dim < len(rest):
         rest[dim] = Axis((*axes[dim].factors, *rest[dim].factors))
     return Axes(tuple(rest))
+
+
+def bare(axes: Axes) -> Axes:
+    """The ledger without dimensions of size 1 that would give a cache of its frames more than four dimensions."""
+    spare = len(axes.frame) - 3
+    dims = []
+    for axis in axes.dims:
+        spare -= (gone := spare > 0 and not axis.factors)
+        dims += [] if gone else [axis]
+    return Axes(tuple(dims))
 
 
 def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:

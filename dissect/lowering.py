@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dissect.cadence import Native
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.forms import Form
 from dissect.primitives import stacked, tap
@@ -34,10 +35,8 @@ class LoweredConv(nn.Module):
         self.conv = conv
         self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
         taps = conv.taps(conv.weight.detach())
-        if isinstance(conv, TemporalConv):
-            kernels = [conv.stacked(taps)] if conv.groups == 1 else list(taps)
-        else:
-            kernels = [taps[0]]
+        whole = isinstance(conv, TemporalConv) and conv.groups == 1
+        kernels = [conv.stacked(taps)] if isinstance(conv, TemporalConv) and whole else list(taps)
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         conv.register_parameter("weight", None)
@@ -83,7 +82,7 @@ class Affine(nn.Module):
         return x * self.factor.reshape(shape) + self.shift.reshape(shape)
 
 
-def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
+def lower(stream: Stream | Native, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The step form of ``stream`` lowered, a :class:`fx.GraphModule`: frames and caches in, outputs and new caches out."""
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]

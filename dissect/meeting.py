@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dissect.holding import Hold
-from dissect.ledger import Axes, Axis, Factor, plain_axis
+from dissect.ledger import Axes, Axis, Factor, bare, plain_axis
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
@@ -115,7 +115,9 @@ def entry(ctx: Context, value: Value, dim: int) -> Value:
 
 def hold(ctx: Context, value: Value, mask: object) -> Value:
     """The value while the mask is set, then its last one."""
-    return ctx.primitive("hold", Hold(value.axes.frame), (value, mask), value.axes, value.clock.plain(), value.dtype)
+    x = ctx.reframe(value, bare(value.axes))
+    held = ctx.primitive("hold", Hold(x.axes.frame), (x, mask), x.axes, value.clock.plain(), value.dtype)
+    return ctx.reframe(held, value.axes)
 
 
 def until(ctx: Context, value: Value, time: int) -> Value:
@@ -166,7 +168,8 @@ def early(ctx: Context, value: Value, count: int) -> Value:
 def spread(ctx: Context, value: Value) -> Value:
     """A position that was repeated over time, for those who see its repetitions."""
     dim, count = value.axes.time, positions(value.axes)
-    assert dim is not None and count is not None
+    assert dim is not None
+    assert count is not None
     single = replace(value, axes=value.axes.replace(dim, Axis((Factor("T", 1),))), timing=value.clock.but(still=False))
     held = ended(ctx, single)
     if count == ctx.frames:

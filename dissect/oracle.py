@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dissect.ledger import Axes, Axis, Factor
 from dissect.rewrite import Value
+from dissect.vectors import OPS
 
 __all__ = ["Shifted", "Still", "Unshiftable"]
 
@@ -29,6 +30,7 @@ _TRANSPOSED = {
 }
 _NORMS = (aten.group_norm, aten.instance_norm, aten.layer_norm)
 _RESAMPLING = (
+    OPS.frame_vectors,
     aten.repeat_interleave,
     *[
         getattr(aten, f"{name}{dims}d")
@@ -88,7 +90,7 @@ class _Edges(fx.Interpreter):
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
         if value is None or value.time is None or not value.axes[value.time].is_time:
-            return super().run_node(n)
+            return self.as_it_is(n)
         packet = n.target.overloadpacket
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
@@ -116,7 +118,21 @@ class _Edges(fx.Interpreter):
         ):
             step = args[4] if len(args) > 4 else 1
             return aten.slice(self.cut(args[0], value, self.trace.get(n.name)), value.time, None, None, step)
-        return super().run_node(n)
+        return self.as_it_is(n)
+
+    def as_it_is(self, n: fx.Node) -> Any:
+        """An operator without edges; where the clip ends in it, it sees as many positions as in the original."""
+        out = self.trace.get(n.name)
+        if out is None or out.constant or out.time is not None:
+            return super().run_node(n)
+
+        def seen(node: fx.Node) -> Any:
+            value, x = self.trace.get(node.name), self.env[node]
+            timed = value is not None and not value.constant and value.time is not None
+            return self.newest(x, value) if timed else x  # type: ignore[arg-type]
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), seen)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
         """The positions of a slice, before its step: moved edges leave them all."""
@@ -125,7 +141,8 @@ class _Edges(fx.Interpreter):
     def main(self, n: fx.Node) -> fx.Node | None:
         """Of tensors that are put together along time, the one that goes on with the stream: the others are edges."""
         if n.target in (aten.cat.default, aten.stack.default):
-            parts, dim = list(n.args[0]), n.args[1] if len(n.args) > 1 else 0  # type: ignore[arg-type]
+            parts: list[Any] = list(n.args[0])  # type: ignore[arg-type]
+            dim: Any = n.args[1] if len(n.args) > 1 else 0
         elif n.target in (aten.slice_scatter.default, aten.select_scatter.default):
             if n.target is aten.slice_scatter.default and len(n.args) > 5 and n.args[5] != 1:
                 raise Unshiftable("it writes every so many frames")
@@ -133,22 +150,24 @@ class _Edges(fx.Interpreter):
         else:
             return None
         out = self.trace.get(n.name)
-        if out is None or out.constant or not out.axes[dim % len(out.shape)].is_time:  # type: ignore[operator]
+        if out is None or out.constant or not out.axes[dim % len(out.shape)].is_time:
             return None
-        found = []
+        found: list[Any] = []
         for part in parts:
-            value = self.trace.get(part.name)  # type: ignore[union-attr]
+            value = self.trace.get(part.name)
             if (
                 value is not None
                 and not value.constant
                 and not value.clock.still
                 and len(value.shape) == len(out.shape)
             ):
-                axis = value.axes[dim]  # type: ignore[index]
+                axis = value.axes[dim]
                 found += [(axis.size, len(found), part)] if axis.is_time else []
-        if not found and out.shape[dim] != self.frames(out):  # type: ignore[index]
+        if not found and out.shape[dim] != self.frames(out):
             raise Unshiftable("it goes over a part of the clip's frames")
-        return max(found)[2] if found else None  # type: ignore[return-value]
+        if not found and len({part.target for part in parts}) > 1:
+            raise Unshiftable("it puts single frames together, its edges among them")
+        return max(found)[2] if found else None
 
     def frames(self, value: Value) -> int:
         """The positions that a value would have if nothing cut any off."""
@@ -158,13 +177,17 @@ class _Edges(fx.Interpreter):
         return -(-longest // value.clock.stride)
 
     def ends(self, n: fx.Node, value: Value) -> bool:
-        """The operator leaves one position of several."""
-        if n.target in (aten.max.dim, aten.min.dim):
-            return n.args[1] % len(value.shape) == value.time  # type: ignore[operator]
-        out = next(
-            (self.trace[node.name] for node in (n, *n.users) if node.name in self.trace), None
-        )  # itself, or its first result
-        return out is None or out.time is None or out.shape[out.time] == 1
+        """The operator leaves one position for the whole clip."""
+        packet = n.target.overloadpacket  # type: ignore[union-attr]
+        if "adaptive" in str(packet):
+            sizes: Any = n.args[1]
+            at = value.time - (len(value.shape) - len(sizes))  # type: ignore[operator]
+            return bool(at >= 0 and sizes[at] == 1)
+        at = 2 if packet is aten.linalg_vector_norm else 1
+        dims: Any = n.args[at] if len(n.args) > at else n.kwargs.get("dim")
+        if dims is None or isinstance(dims, bool) or dims == []:
+            return True
+        return value.time in [dim % len(value.shape) for dim in ([dims] if isinstance(dims, int) else dims)]
 
     def newest(self, x: Tensor, value: Value) -> Tensor:
         """As many positions as the original has there, the newest: moved edges may leave more."""
@@ -288,11 +311,13 @@ class Still(_Edges):
 class Shifted(_Edges):
     """The original with its kernels shifted into the past: all padding on the left, none on the right.
 
-    There is none for a network that adds positions between others, or shows each frame something of the whole clip.
+    With ``repeated``, the first frame stands there instead of a padding. There is no such oracle for a network that adds
+    positions between others, or shows each frame something of the whole clip.
     """
 
-    def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value]) -> None:
+    def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value], repeated: bool = False) -> None:
         super().__init__(module, trace)
+        self.repeated = repeated
         self.ended: set[str] = set()  # values of the whole clip
 
     def run_node(self, n: fx.Node) -> Any:
@@ -337,6 +362,8 @@ class Shifted(_Edges):
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
         if reach < 0:  # a padding of its own: the next kernel brings its own
             return x
+        if self.repeated:
+            return torch.cat([x.narrow(dim, 0, 1)] * reach + [x], dim)
         widths = [0, 0] * (x.dim() - 1 - dim) + [reach, 0]
         return F.pad(x, widths, value=fill)
 

@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate, map_arg
 from dissect import ledger
 from dissect.capturing import Captured
 from dissect.carried import carried
-from dissect.carrying import Carrying, recurring
+from dissect.carrying import FILLED, Carrying, recurring
 from dissect.errors import DissectError, Refusal
 from dissect.holding import FirstHistory
 from dissect.inputs import Inputs
@@ -146,18 +146,17 @@ class Context:
         self.clock: tuple[Clock, fx.Node] | None = None
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
+        self.heads: set[Any] = set()  # nodes where a head begins
         self.element_size = 4
-        self.grain = (
-            1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
-        )
+        # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
+        self.grain = 1
         self.readers = {
             captured.tensors[node.name][0]: len(node.users)
             for node in captured.graph.nodes
             if node.op == "placeholder" and node.name in captured.tensors
         }
-        self.whole: frozenset[str] = (
-            frozenset()
-        )  # products across time of which every position is wanted, not the newest alone
+        # products across time of which every position is wanted, not the newest alone
+        self.whole: frozenset[str] = frozenset()
         self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
         taken = {name.partition(".")[0] for name, _ in captured.tensors.values()}
@@ -443,6 +442,7 @@ class Context:
             return spread(self, value)
         if clock.first:
             value = self.delay(value, -clock.delay)
+            value = replace(value, timing=value.clock.but(first=False))
         late = self.delay(value, clock.wait)
         return late if self.exact else replace(late, timing=late.clock.but(delay=clock.delay, wait=0))
 
@@ -502,11 +502,13 @@ class Context:
         if frames == 0 or value.constant:
             return value
         source = self._gates.get(gated(value, 0.0), value)
-        history = self._history(source, frames)
+        bare = ledger.bare(value.axes)
+        history = self._history(self.reframe(source, bare), frames)
         clock = value.clock
         timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
         axes = value.axes.windowed(lambda window: replace(window, lag=window.lag + frames))
-        return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), axes, timing, value.dtype)
+        tap = Tap(frames, scalar=not bare.frame)
+        return self.reframe(self.primitive("delay", tap, (history,), bare, timing, value.dtype), axes)
 
     def ask(self, query: Query) -> fx.Node:
         """The clock's answer to a question, ``(rows,)``."""
@@ -577,7 +579,8 @@ class Context:
             phased = self.exact and stride > 1
             masked = (self.inside(clock, phase=phased),) if self.exact else ()
             before = CumulativeMean(value.axes.frame, kind="mean" if kind == "sum" else kind)
-            timing = timing.but(pooled=frozenset({len(self.rows)}))
+            # The first frames that it took in hold what stands before the stream, and it never forgets them.
+            timing = timing.but(pooled=frozenset({len(self.rows)}), endless=clock.endless or clock.old > 0)
             out = self.primitive("pool", before, (value, *masked), axes, timing, value.dtype)
             self.row(
                 "cumulative " + kind,
@@ -630,18 +633,45 @@ class Context:
             size *= length
         return size
 
+    @property
+    def in_head(self) -> bool:
+        """The node at hand belongs to a head, which keeps all of its taps."""
+        assert self.branches is not None
+        return bool(self.heads) and self.branches.any_above(self.node, self.heads)
+
+    @property
+    def stem(self) -> bool:
+        """The node at hand is (or would be) a temporal convolution that none stands above, outside of every branch."""
+        assert self.branches is not None
+        others = self.temporal - {self.node}
+        return not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others)
+
+    @property
+    def skip(self) -> str:
+        """How the convolution at hand takes in what it cached; a stem has its frames side by side, unless told otherwise."""
+        free = self.preset != "d3d" or self.stem or self.in_head
+        asked: str = self.settings.get("skip", "concat" if free else self.options.skip)
+        return asked
+
     def depth(self, kernel: int) -> int:
         """Taps that the preset keeps of a temporal convolution with ``kernel`` taps, unless an override says otherwise."""
-        asked: int | None = self.settings.get("depth")
-        if self.preset == "d3d" and asked is None:
+        settings = self.settings
+        asked: int | None = 1 if settings.get("skip") == "none" else settings.get("depth")
+        if self.preset == "d3d" and asked is None and not self.in_head:
             assert self.branches is not None
-            others = self.temporal - {self.node}
-            if not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others):
-                asked = 3
+            if self.stem:
+                asked = self.options.stem
             else:
-                asked = 2 if self.branches.first(self.node, others) else 1
+                first = self.branches.first(self.node, self.temporal - {self.node})
+                asked = 2 if first and self.skip != "none" else 1
         self.temporal.add(self.node)
         return min(kernel, asked if asked is not None else kernel)
+
+    def filled(self, value: Value) -> Value:
+        """The value with what a convolution or a pool shall see before the first frame: zeros, or that frame again."""
+        if self.exact or self.settings.get("fill", self.options.fill) == "zeros":
+            return value
+        return replace(value, timing=value.clock.but(first=True))
 
 
 def gated(value: Value, fill: float) -> tuple[Any, ...]:
@@ -685,16 +715,16 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
         if node.op == "placeholder":
             if node.name in captured.inputs:
                 active[node] = []
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target not in FILLED:
             reads = [arg for arg in dict.fromkeys(node.all_input_nodes) if arg in active]
             if not reads:
                 continue
             active[node] = reads
             shape = getattr(node.meta.get("val"), "shape", None)
             wide = [arg for arg in reads if getattr(arg.meta.get("val"), "shape", None) is not None]
-            if len(wide) > 1 and node.target in (aten.add.Tensor, aten.cat.default):
-                if node.target is aten.cat.default or all(arg.meta["val"].shape == shape for arg in wide):
-                    merges.append(node)
+            sums = node.target is aten.add.Tensor and all(arg.meta["val"].shape == shape for arg in wide)
+            if len(wide) > 1 and (sums or node.target is aten.cat.default):
+                merges.append(node)
             before = getattr(wide[0].meta["val"], "shape", ()) if wide else ()
             if (
                 shape is not None
@@ -723,11 +753,14 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
             break
         work = carried(work, chains[0])
     done = _walk(work, options, inputs)
-    if (
-        done.doubted and not done.refusals
-    ):  # more than the newest position's attention is read: perhaps that of a whole window will do
-        again = _walk(work, options, inputs, done.doubted)
-        done = again if not again.refusals and all(row.verdict == "exact" for row in again.rows) else done
+    whole: frozenset[str] = frozenset()
+    again = done
+    while again.doubted - whole and not again.refusals:
+        # More than the newest position is read of what was made of a whole window: perhaps windows all along will do.
+        whole |= again.doubted
+        again = _walk(work, options, inputs, whole)
+    if not again.refusals and all(row.verdict == "exact" for row in again.rows):
+        done = again
     return replace(done, captured=captured)
 
 

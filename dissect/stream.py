@@ -165,7 +165,7 @@ class Stream:
     def trimmed(self, out: Any, start: int) -> Any:
         """An output of the clip form without its first ``start`` frames."""
         leaves = pytree.tree_leaves(out)
-        outputs = [output for output in self.dissected.outputs]
+        outputs = list(self.dissected.outputs)
         cut = []
         for leaf, output in zip(leaves, outputs, strict=True):
             if output.value is None or output.value.constant:
@@ -183,26 +183,23 @@ class Stream:
         return export(self, path, **options)
 
     def __repr__(self) -> str:
-        return f"Stream({self.dissected.captured.name}, preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes)"
+        facts = f"preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes"
+        return f"Stream({self.dissected.captured.name}, {facts})"
 
 
 def output_time(axes: Any) -> int:
     """The dimension that carries time in the clip form's output."""
-    return axes.time if axes.time is not None else min(2, len(axes))  # type: ignore[no-any-return]
+    return axes.time if axes.time is not None else min(2, len(axes))
 
 
 def _surgery(
     model: nn.Module | ExportedProgram | str | Path,
     example: Any,
-    preset: str,
-    overrides: Mapping[str, Mapping[str, Any]] | None,
-    pool: str,
-    window: int | None,
+    options: Options,
     time_dim: int | Sequence[int | None],
     layout: str | Sequence[str | None] | None,
     rates: Sequence[int] | None,
-) -> tuple[Dissected, Options, tuple[Any, ...]]:
-    options = Options.checked(preset, pool, window, overrides)
+) -> tuple[Dissected, tuple[Any, ...]]:
     args = copied(example)
     if isinstance(model, (str, Path)):
         from dissect.loading import load
@@ -212,7 +209,9 @@ def _surgery(
     captured = capture(model, args, inputs)
     dissected = rewrite(captured, options, inputs)
     if 1 == inputs.batch < captured.batch and dissected.refusals and all(map(_of_rows, dissected.refusals)):
-        alone = rewrite(capture(model, args, inputs, (1,)), options, inputs)  # a network of one row, or a loop over rows
+        alone = rewrite(
+            capture(model, args, inputs, (1,)), options, inputs
+        )  # a network of one row, or a loop over rows
         dissected = dissected if alone.refusals else alone
     matched = {
         pattern
@@ -223,7 +222,7 @@ def _surgery(
     if not dissected.refusals and (idle := set(options.overrides) - matched):
         paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
         raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
-    return dissected, options, args
+    return dissected, args
 
 
 def _of_rows(refusal: Refusal) -> bool:
@@ -246,6 +245,10 @@ def convert(
     time_dim: int | Sequence[int | None] = 2,
     layout: str | Sequence[str | None] | None = None,
     rates: Sequence[int] | None = None,
+    *,
+    skip: str = "concat",
+    fill: str = "zeros",
+    stem: int | None = None,
 ) -> Stream:
     """Dissect a network: the same network, one frame at a time.
 
@@ -254,10 +257,16 @@ def convert(
     length sets the window of global pools. ``time_dim`` is the clip's time dimension (one for every input, or
     one each). ``overrides`` maps path patterns to settings, ``{"layer1.*.conv1": {"depth": 3}}``.
 
+    For the preset ``d3d``, ``skip`` says how a convolution takes in the frame that it cached: put beside the present one
+    (``concat``), added to it before one convolution without time (``sum``), or not at all (``none``); ``stem`` is the number of
+    frames that the first temporal convolution sees (3), whatever the skip. ``fill`` says what stands before the first frame:
+    ``zeros``, or that frame again (``replicate``; not for ``exact``, whose edges are the original's).
+
     Raises :class:`~dissect.CaptureError` where torch.export cannot take the network, :class:`~dissect.NotStreamable` with
     all operators that have no streaming form, :class:`~dissect.PlanError` for options that fit nothing.
     """
-    dissected, options, inputs = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
+    options = Options.checked(preset, pool, window, overrides, skip, fill, stem)
+    dissected, inputs = _surgery(model, example, options, time_dim, layout, rates)
     if dissected.refusals:
         raise NotStreamable(dissected.refusals)
     clip = next(unit for unit in dissected.inputs.tensors if unit.timed)
@@ -275,7 +284,12 @@ def plan(
     time_dim: int | Sequence[int | None] = 2,
     layout: str | Sequence[str | None] | None = None,
     rates: Sequence[int] | None = None,
+    *,
+    skip: str = "concat",
+    fill: str = "zeros",
+    stem: int | None = None,
 ) -> tuple[Plan, tuple[Any, ...]]:
     """The plan alone, and the refusals, without building anything; arguments as for :func:`convert`."""
-    dissected, options, _ = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
+    options = Options.checked(preset, pool, window, overrides, skip, fill, stem)
+    dissected, _ = _surgery(model, example, options, time_dim, layout, rates)
     return Plan(options.preset, dissected.rows), dissected.refusals

@@ -112,6 +112,8 @@ def _copied(captured: Captured) -> Captured:
 
 def loops(captured: Captured) -> list[Loop]:
     """The loops over frames that a graph holds, the outermost of those that hold each other."""
+    for node in list(captured.graph.nodes):
+        _set_apart(node)
     found = []
     for node in captured.graph.nodes:
         for copies in _ends(node):
@@ -142,14 +144,15 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
             stacked = loop.end.target is not aten.cat.default
             chain = loop.end.target in _SUMS
             at = 2 if loop.end.target is aten.select_scatter.default else 1
-            dim = 1 if chain else (loop.end.args[at] if len(loop.end.args) > at else 0) % loop.end.meta["val"].dim()  # type: ignore[operator]
+            along: Any = loop.end.args[at] if len(loop.end.args) > at else 0
+            dim = 1 if chain else along % loop.end.meta["val"].dim()
             result = graph.create_node(
                 "call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}"
             )
             result.meta = dict(loop.end.meta)
             if chain:
                 result.meta["val"] = torch.stack([body.meta["val"]] * count, dim)
-                total = _SUMS[loop.end.target]
+                total = _SUMS[loop.end.target]  # type: ignore[index]
                 result = graph.create_node("call_function", total, (result, [dim]), name=f"rolled_{loop.end.name}_all")
                 result.meta = dict(loop.end.meta)
         name = loop.end.name
@@ -161,14 +164,47 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
     return captured
 
 
+def _set_apart(node: fx.Node) -> None:
+    """One part in front of a loop's results, or behind them, that is made otherwise than all others: joined to the rest.
+
+    ``torch.stack([*frames, torch.zeros_like(frames[0])])`` is a stack of the frames, and zeros behind it.
+    """
+    if node.target not in (aten.stack.default, aten.cat.default) or len(node.args[0]) < 3:  # type: ignore[arg-type]
+        return
+    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    kinds = [_kind(part) for part in parts]
+    spots = [at for at in (0, len(parts) - 1) if kinds.count(kinds[at]) == 1]
+    if len(spots) != 1 or len(set(kinds)) != 2:
+        return
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    dim = along % node.meta["val"].dim()
+    with node.graph.inserting_before(node):
+        alone = parts.pop(spots[0])
+        rest = node.graph.create_node("call_function", node.target, (parts, dim), name=f"{node.name}_loop")
+        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in parts], dim)}
+        if node.target is aten.stack.default:
+            value = alone.meta["val"]
+            alone = node.graph.create_node(
+                "call_function", aten.unsqueeze.default, (alone, dim), name=f"{node.name}_alone"
+            )
+            alone.meta = {**node.meta, "val": value.unsqueeze(dim)}
+    node.target = aten.cat.default
+    node.args = ([alone, rest] if spots[0] == 0 else [rest, alone], dim)
+
+
+def _kind(part: Any) -> Any:
+    """How a part is made: the operator, and the shape."""
+    return (part.target if part.op == "call_function" else part, _shape(part)) if isinstance(part, fx.Node) else None
+
+
 def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
     """The copies that a node may put together."""
     if node.op != "call_function":
         return
     if node.target in (aten.stack.default, aten.cat.default):
-        parts = list(node.args[0])  # type: ignore[arg-type]
+        parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
         if len(parts) > 1 and all(isinstance(part, fx.Node) for part in parts):
-            yield parts  # type: ignore[misc]
+            yield parts
     elif node.target is aten.select_scatter.default and not any(
         user.target is node.target and user.args[0] is node for user in node.users
     ):
@@ -176,15 +212,15 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
         written: dict[int, fx.Node] = {}
         end: Any = node
         while isinstance(end, fx.Node) and end.target is node.target and end.args[2] == node.args[2]:
-            written.setdefault(end.args[3] % size, _written(end.args[1]))  # type: ignore[operator]
+            written.setdefault(end.args[3] % size, _written(end.args[1]))
             end = end.args[0]
         if len(written) == size > 1:
             yield [written[index] for index in range(size)]
     elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
-        terms: list[fx.Node] = []
+        terms: list[Any] = []
         at: Any = node
         while isinstance(at, fx.Node) and at.target is node.target and not at.kwargs and len(at.args) == 2:
-            terms.append(at.args[1])  # type: ignore[arg-type]
+            terms.append(at.args[1])
             at = at.args[0]
         terms.append(at)
         terms = [term for term in reversed(terms) if term != 0]
@@ -205,7 +241,7 @@ def frame_in(node: fx.Node) -> Frame | None:
         size = args[0].meta["val"].shape[args[1]]
         return Frame(args[0], args[1] % args[0].meta["val"].dim(), args[2] % size, False)
     if node.target is aten.slice.Tensor:
-        source, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+        source, dim, start, stop = (*args, *(0, None, None)[len(args) - 1 :])[:4]
         value = source.meta["val"]
         first, last, _ = slice(start, stop).indices(value.shape[dim])
         return Frame(source, dim % value.dim(), first, True) if last - first == 1 and value.shape[dim] > 1 else None

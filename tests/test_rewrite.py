@@ -51,7 +51,7 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
     "squeezed and back": lambda x: x.mean((3, 4), keepdim=True).squeeze(-1).squeeze(-1).unsqueeze(2),
     "broadcast over time": lambda x: x * x[:, :1].sigmoid() + torch.arange(4.0).reshape(4, 1, 1, 1).to(x),
     "chunks of channels": lambda x: torch.cat([part * (i + 1) for i, part in enumerate(x.chunk(2, 1))][::-1], 1),
-    "unbound channels": lambda x: torch.stack([part for part in x.unbind(1)][::-1], 2),
+    "unbound channels": lambda x: torch.stack(list(x.unbind(1))[::-1], 2),
     "rows and columns": lambda x: x[:, :, :, 1:, ::2] + x[:, 1, None, :, :3, :3],
     "several": lambda x: {"a": x.mean((3, 4)), "b": (x.amax((1, 3, 4)), [x])},
 }
@@ -67,7 +67,10 @@ def test_time_is_followed(name: str, preset: str) -> None:
     if preset == "exact":
         assert stream.plan.exact
         assert offline(
-            stream, model, CLIP, [8] if "merged" in name or "token" in name or name == "space into the batch" else [8, 5, 2]
+            stream,
+            model,
+            CLIP,
+            [8] if "merged" in name or "token" in name or name == "space into the batch" else [8, 5, 2],
         )
 
 

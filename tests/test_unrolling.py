@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import law, offline
+from laws import close, law, offline, streamed
 from torch import Tensor, nn
 
 import dissect
@@ -97,6 +97,18 @@ def with_the_first(net: Looping, x: Tensor) -> Tensor:
     return net.last(torch.stack([net.each(x[:, :, t]) * gate for t in range(x.shape[2])], 2))
 
 
+def motion(net: Looping, x: Tensor) -> Tensor:
+    """Differences of neighbours, and zeros behind the last, as motion modules have them."""
+    later = x.tanh()
+    frames = [net.each(later[:, :, i + 1] - x[:, :, i]) for i in range(x.shape[2] - 1)]
+    return net.last(torch.stack([*frames, torch.zeros_like(frames[0])], 2))
+
+
+def motion_in_front(net: Looping, x: Tensor) -> Tensor:
+    frames = [net.each(x[:, :, i + 1] - x[:, :, i]).unsqueeze(2) for i in range(x.shape[2] - 1)]
+    return net.last(torch.cat([torch.zeros_like(frames[0]), *frames], 2))
+
+
 LOOPS = [
     stacked,
     joined,
@@ -112,6 +124,8 @@ LOOPS = [
     greatest,
     on_channels,
     with_the_first,
+    motion,
+    motion_in_front,
 ]
 
 
@@ -176,6 +190,6 @@ def test_copies_that_differ_are_left_as_they_are(body: Callable[[nn.Module, Tens
     network.last2 = nn.Conv2d(4, 4, 3, padding=1).double()
     stream = dissect.convert(network, clip, preset="exact")
     with torch.no_grad():
-        torch.testing.assert_close(stream.offline(clip)[..., -1:].reshape(-1), network(clip).reshape(-1)) if (
-            stream.plan.exact and stream.offline(clip).dim() == network(clip).dim() + 1
-        ) else law(stream, torch.randn(2, 3, 9, 5, 5, dtype=torch.float64))
+        law(stream, torch.randn(2, 3, 9, 5, 5, dtype=torch.float64))
+        assert stream.plan.exact, str(stream.plan)
+        close(streamed(stream, clip, frames=8), network(clip))

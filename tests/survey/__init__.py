@@ -5,16 +5,29 @@ None of them knows of dissect. Each is converted as it is in every preset, and h
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-__all__ = ["NETWORKS", "Network", "network"]
+__all__ = ["FAMILIES", "NETWORKS", "Network", "families", "network"]
 
+FAMILIES = (
+    "residual",
+    "inception",
+    "mobile",
+    "motion",
+    "attention",
+    "dense",
+    "vital",
+    "recurrent",
+    "skeleton",
+    "streams",
+)
 NETWORKS: dict[str, Network] = {}
 
 
@@ -38,6 +51,15 @@ class Network:
         model = disturbed(self.kind())
         inputs = tuple(torch.rand(shape, dtype=torch.float64) for shape in self.shapes)
         return model.double(), (list(inputs),) if self.listed else inputs
+
+
+def families() -> dict[str, dict[str, Network]]:
+    """All networks by family, in the order of the files."""
+    found: dict[str, dict[str, Network]] = {}
+    for name in FAMILIES:
+        module = importlib.import_module(f"survey.{name}")
+        found[name] = {key: net for key, net in NETWORKS.items() if net.kind.__module__ == module.__name__}  # type: ignore[attr-defined]
+    return found
 
 
 def disturbed(model: nn.Module) -> nn.Module:
