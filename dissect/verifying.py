@@ -325,11 +325,12 @@ class _Verifier:
     def missing(self, out: Any, frames: int) -> int:
         """How many outputs a stream and its flush lack for the offline network's last position."""
         ends = zip(pytree.tree_leaves(out), self.stream.dissected.outputs, strict=True)
-        return max(
+        lacking: list[int] = [
             output.value.clock.last(frames) - self.stream.timing.delay + 1 - leaf.shape[output_time(output.value.axes)]
             for leaf, output in ends
             if output.value is not None and not output.value.constant
-        )
+        ]
+        return max(lacking)
 
     def positions(self, out: Any, frames: int) -> Any:
         """The offline network's own positions out of a stream and its flush."""
