@@ -13,7 +13,14 @@ import dissect
 NETWORKS = {name: network for family in families().values() for name, network in family.items()}
 
 #: a few for every run, of as many kinds; the others are marked slow
-QUICK = (("ResNet18ShortcutA", "d3d"),)
+QUICK = (
+    ("C3D", "exact"),
+    ("ResNetA", "d3d"),
+    ("TSM", "causal"),
+    ("TemporalAttentionPool", "exact"),
+    ("DeepPhys", "exact"),
+    ("BidirectionalLSTM", "exact"),
+)
 
 
 def cases() -> list[object]:
