@@ -364,6 +364,9 @@ class Shifted(_Edges):
                 raise Unshiftable("it picks or moves frames by their number")
             if packet in _RESAMPLING and after.shape[value.time] != value.shape[value.time]:
                 raise Unshiftable("it resamples time")
+            bins = (after[0] if isinstance(after, tuple) else after).shape if "adaptive" in str(packet) else value.shape
+            if bins[value.time] not in (1, value.shape[value.time]):
+                raise Unshiftable("it pools time into as many bins as it likes, whose edges follow the clip")
             inside = len(n.args[1]) if packet is aten.layer_norm else len(value.shape) - 2  # type: ignore[arg-type]
             own = packet is not aten.instance_norm or n.args[5]
             if packet is aten._native_batch_norm_legit or (
