@@ -56,6 +56,12 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
         at = x.axes.kept(dim)
         assert at is not None
         return ctx.call(torch.select, (x, at + 1, index), out, x.clock, x.dtype)
+    if axis.kinds == "N" and size == 1 and dim + 1 < len(x.axes):
+        return Value(x.node, ledger.without(x.axes, dim), x.timing, x.dtype)
+    if "N" in axis.kinds and "T" not in axis.kinds:
+        raise Refused(
+            "one row of the batch, where each row is a stream of its own", "treat all rows alike, and give it one clip"
+        )
     if not axis.is_time:
         raise Refused("a selection from an axis that merges batch or time with others")
     x = ctx.settled(x)

@@ -15,7 +15,7 @@ from dissect.rewrite import Context, Value
 aten = torch.ops.aten
 
 #: zero stays zero, and a value that is never negative stays so
-_KEEPS_ZERO = (
+KEEPS_ZERO = (
     aten.relu.default,
     aten.relu6.default,
     aten.leaky_relu.default,
@@ -45,7 +45,7 @@ _WILD = (
 )
 _QUOTIENTS = (aten.div, aten.remainder, aten.fmod)
 _NONNEG_ALWAYS = (*_NONNEG, aten.sigmoid.default, aten.exp.default, aten.hardsigmoid.default, aten.softplus.default)
-_OTHER = (
+OTHER = (
     aten.sigmoid.default,
     aten.hardsigmoid.default,
     aten.softplus.default,
@@ -117,11 +117,11 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
         values, axes = ctx.broadcast(values)
     else:
         timing = values[0].clock
-        if timing.delay < 0 and target not in _KEEPS_ZERO:
+        if timing.delay < 0 and target not in KEEPS_ZERO:
             values = [ctx.settled(values[0])]
             timing = values[0].clock
-    zero = target in _KEEPS_ZERO and timing.fill == 0.0
-    nonneg = target in _NONNEG_ALWAYS or (target in _KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
+    zero = target in KEEPS_ZERO and timing.fill == 0.0
+    nonneg = target in _NONNEG_ALWAYS or (target in KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
     if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
         nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(
             not value.constant for value in values
@@ -143,7 +143,7 @@ def _register(target: Any) -> None:
         return pointwise(ctx, target, args, kwargs)
 
 
-for _target in dict.fromkeys((*_KEEPS_ZERO, *_OTHER)):
+for _target in dict.fromkeys((*KEEPS_ZERO, *OTHER)):
     _register(_target)
     patient(_target)
 

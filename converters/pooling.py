@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 from typing import Any
 
 import torch
@@ -254,6 +255,8 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
     if time is None:
         return y
     positions, wanted = x.shape[channels + time], size[time]
+    if wanted > 1:  # the length of its bins follows that of the clip
+        ctx.grain = lcm(ctx.grain, ctx.frames)
     if wanted == positions and not (wanted == 1 and ctx.preset == "d3d" and y.clock.removed > 1):
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))

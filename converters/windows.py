@@ -25,7 +25,7 @@ Convert = Callable[..., Any]
 BLOCKED = -1e4  # what is added to a score that must not count, or less
 
 
-@windowed(*pointwise._KEEPS_ZERO, *pointwise._OTHER, aten.prelu.default, aten.copy.default)
+@windowed(*pointwise.KEEPS_ZERO, *pointwise.OTHER, aten.prelu.default, aten.copy.default)
 def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, **kwargs: Any) -> Value:
     """Entry by entry; an operand over time becomes a window where it meets one."""
     target = target or ctx.node.target
@@ -49,7 +49,7 @@ def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, 
     result: Value = convert(ctx, *args, **kwargs)
     zeros = [bool(held_by(value)) and all(held.zero for held in held_by(value)) for value in moving]
     first = isinstance(args[0], Value) and not args[0].constant and zeros[0]
-    zero = first and (target in pointwise._KEEPS_ZERO or target in (aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar))
+    zero = first and (target in pointwise.KEEPS_ZERO or target in (aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar))
     zero = any(zeros) and not result.clock.wild if target is aten.mul.Tensor else zero
     timing = result.clock.but(newest=result.clock.newest - whole) if result.time is not None else result.clock
     weights = all(held.weights for value in moving for held in held_by(value))

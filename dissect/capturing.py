@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -81,7 +81,9 @@ def copied(example: Any) -> tuple[Any, ...]:
     return pytree.tree_map(lambda leaf: leaf, args)  # type: ignore[no-any-return]
 
 
-def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs: Inputs) -> Captured:
+def capture(
+    model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs: Inputs, batches: Sequence[int] = BATCHES
+) -> Captured:
     """Capture ``model`` for inputs like ``example``, laid out as ``inputs``; raises CaptureError with torch's own reason."""
     name = type(model).__name__
     if isinstance(model, ExportedProgram):
@@ -90,7 +92,7 @@ def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs
     batch = inputs.batch
     with evaluating(model), standing_aside(model, example):
         for shim in (False, True):
-            for size in dict.fromkeys((*BATCHES, batch)):
+            for size in dict.fromkeys((*batches, batch)):
                 try:
                     program = _export(model, copied(example) if size == batch else inputs.rebatched(size), shim)
                 except Exception as error:

@@ -108,8 +108,11 @@ def kept(axes: Axes, dim: int | None = None) -> tuple[int, int, int]:
     return prod(size for _, size in sizes[:at]), sizes[at][1], prod(size for _, size in sizes[at + 1 :])
 
 
-def window(ctx: Context, value: Value, what: str, *, row: bool = True) -> Value:
-    """``value`` with its time axis as a window of the last positions, as many and as far apart as the original's."""
+def window(ctx: Context, value: Value, what: str, *, row: bool = True, placed: bool = False) -> Value:
+    """``value`` with its time axis as a window of the last positions, as many and as far apart as the original's.
+
+    ``placed``: what reads the window tells one position of the clip from another.
+    """
     from dissect.rewrite import Refused
 
     value = ctx.settled(value)
@@ -130,7 +133,14 @@ def window(ctx: Context, value: Value, what: str, *, row: bool = True) -> Value:
     if row:
         timing = timing.but(newest=clock.newest | {len(ctx.rows)})
         reason = "" if ctx.exact else "the last positions instead of the clip's"
-        ctx.row(f"{what}, a window of {positions}", exact=ctx.exact, reason=reason, kernel=positions, stride=stride)
+        ctx.row(
+            f"{what}, a window of {positions}",
+            exact=ctx.exact,
+            reason=reason,
+            kernel=positions,
+            stride=stride,
+            placed=placed,
+        )
     if clock.delay > 0:
         value = ctx.gate(value)
     sizes = [
@@ -291,7 +301,9 @@ def apply(ctx: Context, convert: Callable[..., Any], args: Sequence[Any], kwargs
     del ctx.rows[rows:]
 
     def whole(value: Value) -> Value:
-        return window(ctx, value, "what tells positions of the clip apart") if value.time is not None else value
+        if value.time is None:
+            return value
+        return window(ctx, value, "what tells positions of the clip apart", placed=True)
 
     return rule(ctx, convert, *changed(args, whole), **changed(kwargs, whole))
 

@@ -192,3 +192,11 @@ class TwoRates(nn.Module):
 def test_outputs_that_end_apart() -> None:
     model = scrambled(TwoRates(), 0)
     dissect.verify(dissect.convert(model, CLIP, preset="exact"), model).check()
+
+
+def test_a_flush_that_is_too_short_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stream = made("exact")
+    monkeypatch.setattr(stream, "flush_frames", lambda frames: 0)
+    report = dissect.verify(stream, model, runtime=False)
+    assert broken(report) == ["original = exact"]
+    assert f"the flush ends {stream.timing.delay} frames before the last position" in str(report)
