@@ -22,7 +22,7 @@ from dissect.runner import Runner
 from dissect.sessions import open_session
 from dissect.video import Video
 
-__all__ = ["Frames", "frames_of", "steps"]
+__all__ = ["Frames", "frames_of", "gives", "steps"]
 
 Frames = tuple[NDArray[Any], ...]
 """One time of a stream: an array ``(1, ...)`` for each of the model's inputs."""
@@ -112,18 +112,38 @@ def _name(source: Any) -> str:
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"A {type(source).__name__}"
 
 
-def steps(model: bytes, contract: Contract, streams: Iterable[Sequence[Frames]]) -> Iterator[tuple[Feed, Feed]]:
-    """Step ``model`` through the streams, each from fresh caches: what goes in, and what comes out, by name."""
+def steps(model: bytes, contract: Contract, streams: Iterable[Sequence[Frames]]) -> Iterator[tuple[int, Feed, Feed]]:
+    """Step ``model`` through the streams, each from fresh caches and with its flush: the time, what goes in, what comes out.
+
+    What is not due at a time keeps its place in what comes out (caches as they were, outputs of no meaning), see
+    :func:`gives`.
+    """
     session = open_session(model, "cpu")
     names = [entry.name for entry in session.get_outputs()]
     reset = {"reset": np.zeros(1, bool)} if any(entry.name == "reset" for entry in session.get_inputs()) else {}
+    age, length = contract.role("age"), contract.role("length")
     for frames in streams:
         caches = {
             cache.input: np.zeros((1, *(int(size) for size in cache.shape[1:])), cache.dtype)
             for cache in contract.caches
         }
-        for parts in frames:
+        blank = tuple(np.zeros_like(part) for part in frames[0])
+        count = len(frames)
+        for time in range(count if age is None or length is None else max(count, contract.last(count) + 1)):
+            if time == count and age is not None and length is not None:
+                caches[contract.caches[length].input] = caches[contract.caches[age].input]
+            parts = frames[time] if time < count else blank
             feed = {**dict(zip((spec.name for spec in contract.inputs), parts, strict=True)), **caches, **reset}
             results = dict(zip(names, session.run(names, feed), strict=True))
-            yield feed, results
+            for cache in contract.caches:
+                if time % cache.due[1] != cache.due[0]:
+                    results[cache.output] = caches[cache.input]
+            yield time, feed, results
             caches = {cache.input: results[cache.output] for cache in contract.caches}
+
+
+def gives(contract: Contract, time: int, frames: int) -> bool:
+    """Whether the first output has a position at a time of a stream of ``frames`` frames and its flush."""
+    output = contract.outputs[0]
+    late = time >= frames and time > output.last(frames)
+    return time >= output.delay and not late and contract.output_due(output, time % contract.period)

@@ -26,7 +26,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dissect.calibrating import Frames, frames_of, steps
+from dissect.calibrating import Frames, frames_of, gives, steps
 from dissect.contract import Contract
 from dissect.errors import ExportError, StreamError
 from dissect.narrowing import Form, forms_of, narrowed
@@ -107,8 +107,8 @@ def quantize(
     step = ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
     restack(step)
     before = _Observed(contract)
-    for _, results in steps(_bytes(step), contract, held):
-        before.see(results)
+    for time, _, results in steps(_bytes(step), contract, held):
+        before.see(time, results)
     forms = forms_of(step.graph, contract, before.ranges)
     with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
         done = _quantized(step, contract, held, forms, _kept(step.graph, keep), reduce_range, Path(folder))
@@ -117,8 +117,8 @@ def quantize(
     done.metadata_props.update(new.to_metadata())
     written = _bytes(done)
     after = _Observed(new)
-    for _, results in steps(written, new, held):
-        after.see(results)
+    for time, _, results in steps(written, new, held):
+        after.see(time, results)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
         (Path(beside) / target.name).write_bytes(written)
         os.replace(Path(beside) / target.name, target)
@@ -127,15 +127,15 @@ def quantize(
 
 
 class _Observed:
-    """What a model gave at each step, and the range of every cache."""
+    """What a model's first output was at each time, stream after stream, and the range of every cache."""
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
-        self.outputs: list[list[NDArray[Any]]] = []
+        self.outputs: list[tuple[int, NDArray[Any]]] = []
         self.ranges: dict[str, tuple[float, float]] = {}
 
-    def see(self, results: Mapping[str, NDArray[Any]]) -> None:
-        self.outputs.append([results[spec.name] for spec in self.contract.outputs])
+    def see(self, time: int, results: Mapping[str, NDArray[Any]]) -> None:
+        self.outputs.append((time, results[self.contract.outputs[0].name]))
         for cache in self.contract.caches:
             if cache.role == "cache":
                 value = results[cache.output]
@@ -159,7 +159,7 @@ def _quantized(
         """What goes into the model, step by step."""
 
         def __init__(self) -> None:
-            self.feeds = (feed for feed, _ in steps(_bytes(step), contract, streams))
+            self.feeds = (feed for _, feed, _ in steps(_bytes(step), contract, streams))
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self.feeds, None)
@@ -259,15 +259,15 @@ def _compared(
     narrow: int,
 ) -> Agreement:
     """The agreement of the first output, where it exists."""
-    delay = contract.outputs[0].delay
-    times = [time for frames in streams for time in range(len(frames))]
-    pairs = [
-        (old[0].astype(np.float64), new[0].astype(np.float64))
-        for time, old, new in zip(times, before.outputs, after.outputs, strict=True)
-        if time >= delay
-    ]
+    lengths = iter(map(len, streams))
+    pairs, frames = [], 0
+    for (time, old), (_, new) in zip(before.outputs, after.outputs, strict=True):
+        frames = next(lengths) if time == 0 else frames
+        if gives(contract, time, frames):
+            pairs.append((old.astype(np.float64), new.astype(np.float64)))
     if not pairs:
-        raise StreamError(f"Every stream is shorter than the delay of {delay} frames; give longer ones.")
+        delay = contract.outputs[0].delay
+        raise StreamError(f"No stream is long enough for an output, the first of which comes after {delay} frames.")
     scores = pairs[0][0].ndim == 2 and pairs[0][0].shape[1] > 1
     same = [bool((old.argmax(1) == new.argmax(1)).all()) for old, new in pairs] if scores else []
     missed = sum(float(((old - new) ** 2).sum()) for old, new in pairs)

@@ -222,7 +222,7 @@ class _Widening:
                 layer.factor, layer.shift = (padded(held, extra) for held in (layer.factor, layer.shift))
             elif isinstance(layer, nn.Linear) and taken:
                 layer.weight = padded(layer.weight, taken, 1)
-        return tuple(changed.get(held, cache) for held, cache in self.held.items())
+        return tuple({**self.held, **changed}.values())
 
 
 def padded(weight: Tensor, extra: int, dim: int = 0) -> nn.Parameter:
