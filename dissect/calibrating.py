@@ -22,7 +22,7 @@ from dissect.runner import Runner
 from dissect.sessions import open_session
 from dissect.video import Video
 
-__all__ = ["Frames", "frames_of", "gives", "steps"]
+__all__ = ["Frames", "gives", "steps", "streams_of"]
 
 Frames = tuple[NDArray[Any], ...]
 """One time of a stream: an array ``(1, ...)`` for each of the model's inputs."""
@@ -30,30 +30,38 @@ Frames = tuple[NDArray[Any], ...]
 Feed = dict[str, NDArray[Any]]
 
 
-def frames_of(source: Any, runner: Runner, limit: int) -> list[Frames]:
-    """The first ``limit`` frames of a stream, for the inputs of ``runner``.
+def streams_of(source: Any, runner: Runner, limit: int) -> list[list[Frames]]:
+    """The first ``limit`` frames of each stream that ``source`` holds, for the inputs of ``runner``.
 
     Raises :class:`~dissect.StreamError` for what is no stream of such frames.
     """
-    found = [tuple(_frame(part, spec) for part, spec in zip(parts, runner.inputs, strict=True)) for parts in
-             islice(_times(source, runner), limit)]  # fmt: skip
+    found = []
+    for stream in _streams(source, runner):
+        frames = [
+            tuple(_frame(part, spec) for part, spec in zip(parts, runner.inputs, strict=True))
+            for parts in islice(stream, limit)
+        ]
+        found += [frames] if frames else []
     if not found:
         raise StreamError(f"{_name(source)} holds no frames.")
     return found
 
 
-def _times(source: Any, runner: Runner) -> Iterator[Sequence[Any]]:
+def _streams(source: Any, runner: Runner) -> list[Iterator[Sequence[Any]]]:
+    """The rows of a clip are streams of their own; a video or an iterable is one."""
     count = len(runner.inputs)
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".npy", ".npz"):
         source = _loaded(Path(source), count)
     elif isinstance(source, (str, os.PathLike)):
-        yield from _pictures(source, runner)
-        return
+        return [_pictures(source, runner)]
     clips = source if isinstance(source, tuple) else (source,)
     if all(hasattr(clip, "shape") for clip in clips):
-        yield from _clip(clips, runner, source)
-        return
-    for frame in source:
+        return _clips(clips, runner, source)
+    return [_parts(source, count)]
+
+
+def _parts(frames: Iterable[Any], count: int) -> Iterator[Sequence[Any]]:
+    for frame in frames:
         parts = frame if isinstance(frame, (tuple, list)) else (frame,)
         if len(parts) != count:
             raise StreamError(f"A frame of this model has {count} part(s), and one of the stream has {len(parts)}.")
@@ -71,8 +79,8 @@ def _loaded(path: Path, count: int) -> tuple[NDArray[Any], ...]:
     return clips
 
 
-def _clip(clips: Sequence[Any], runner: Runner, source: Any) -> Iterator[Sequence[Any]]:
-    """The frames of clips ``(N, C, T, H, W)`` or ``(C, T, H, W)``; the rows of a batch one after another."""
+def _clips(clips: Sequence[Any], runner: Runner, source: Any) -> list[Iterator[Sequence[Any]]]:
+    """A stream for each row of clips ``(N, C, T, H, W)`` or ``(C, T, H, W)``."""
     rows = []
     for clip, spec in zip(clips, runner.inputs, strict=True):
         array = np.asarray(clip)
@@ -86,9 +94,14 @@ def _clip(clips: Sequence[Any], runner: Runner, source: Any) -> Iterator[Sequenc
                 f"and this one {array.shape}."
             )
         rows.append(array)
-    for row in range(len(rows[0])):
-        for time in range(rows[0].shape[2]):
-            yield [array[row, :, time * array.shape[2] // rows[0].shape[2]] for array in rows]
+    return [_row([array[row] for array in rows]) for row in range(len(rows[0]))]
+
+
+def _row(clips: Sequence[NDArray[Any]]) -> Iterator[Sequence[Any]]:
+    """The frames of one stream; an input of a slower rate shows its last one until the next is there."""
+    frames = clips[0].shape[1]
+    for time in range(frames):
+        yield [clip[:, time * clip.shape[1] // frames] for clip in clips]
 
 
 def _pictures(source: Any, runner: Runner) -> Iterator[Sequence[Any]]:

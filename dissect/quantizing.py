@@ -26,7 +26,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dissect.calibrating import Frames, frames_of, gives, steps
+from dissect.calibrating import Frames, gives, steps, streams_of
 from dissect.contract import Contract
 from dissect.errors import ExportError, StreamError
 from dissect.narrowing import Form, forms_of, narrowed
@@ -101,7 +101,7 @@ def quantize(
     narrow = [cache.input for cache in contract.caches if cache.role == "cache" and cache.dtype != "float32"]
     if narrow:
         raise StreamError(f"{narrow[0]} is no float32: quantise the step model as it was exported in float32.")
-    held = [frames_of(source, runner, frames) for source in streams]
+    held = [stream for source in streams for stream in streams_of(source, runner, frames)]
     if not held:
         raise StreamError("There is nothing to calibrate with: give videos or clips.")
     step = ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
