@@ -3,7 +3,7 @@
 A cache of H frames stacked is cut and joined anew in every step: it is copied twice. As H slots, the newest of them is
 the value itself, the others move on by one copy, and a reader takes the frames it needs and no others. A history of
 short frames stays stacked, because every slot is an operator more; it is joined once, for its reader and for its new cache.
-The law: a reader sees what it saw. Measured by ``benchmarks/lowering.py slots``, see ``docs/lowering.md``.
+The law: a reader sees what it saw. ``benchmarks/lowering.py`` measures it.
 """
 
 from __future__ import annotations

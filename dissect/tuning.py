@@ -3,7 +3,7 @@
 Lowering decides what is computed, tuning in which form: histories as slots, a convolution over time as one for each
 frame whose sums ONNX Runtime fuses, channels as many as its blocked layout takes, the clock's answers split once. The
 caches change their shapes; what they mean does not, and a fresh stream is still all zeros. The law: a tuned step gives
-what the step form gives, to rounding. Each rule stands in ``docs/lowering.md`` with what it gains.
+what the step form gives, to rounding. Each rule stands in ``docs/lowering.md`` with its reason.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ ONNX Runtime's blocked layout (NCHWc) takes depthwise convolutions, and inputs o
 of 4; without it a depthwise convolution is many times slower. So channels of zeros are added: their weights
 are zero wherever they are read. What is tied to them channel by channel (norms, activations, gates, caches,
 squeeze-and-excitation) grows with them; where that meets an input, an output or an operator that it does not know, nothing is
-changed. The law: every value is what it was, beside zeros. Measured by ``benchmarks/lowering.py widening``.
+changed. The law: every value is what it was, beside zeros. ``benchmarks/lowering.py`` measures it.
 """
 
 from __future__ import annotations
