@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import spread, strided
+from dissect.global_pool import pool_time
 from dissect.ledger import plain_axis
 from dissect.primitives import WindowReduce
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 
@@ -115,7 +116,7 @@ def pool(
     positions = x.axes[channels + time].size
     scale = divisor or 1.0
     if size == positions and pad == 0 and gap == 1 and size > 1:
-        total = ctx.pool_time(y, "sum" if divisor else kind, axes)
+        total = pool_time(ctx, y, "sum" if divisor else kind, axes)
         total = ctx.reframe(total, axes.replace(channels + time, plain_axis(1)))
         axes = total.axes
         return ctx.call(torch.div, (total, scale), axes, total.timing, total.dtype) if divisor else total
@@ -261,7 +262,7 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))
     if wanted == 1:
-        return ctx.reframe(ctx.pool_time(y, kind, out), out.replace(channels + time, plain_axis(1)))
+        return ctx.reframe(pool_time(ctx, y, kind, out), out.replace(channels + time, plain_axis(1)))
     if positions % wanted:
         raise Refused(
             f"an adaptive pool of {positions} positions to {wanted} has bins of uneven length, which follow no stream",

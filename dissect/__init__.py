@@ -28,7 +28,7 @@ _HOME = {
     "NotStreamable": "errors",
     "PlanError": "errors",
     "Refusal": "errors",
-    "Refused": "rewrite",
+    "Refused": "values",
     "StreamError": "errors",
     "VerificationError": "errors",
     "VideoError": "errors",
@@ -107,9 +107,9 @@ if TYPE_CHECKING:
     from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
     from dissect.registry import converter, pointwise
-    from dissect.rewrite import Refused
     from dissect.runner import Runner
     from dissect.stream import Stream, convert
+    from dissect.values import Refused
     from dissect.verifying import verify
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dissect.ledger import Axes, Axis, Factor
-from dissect.rewrite import Value
+from dissect.values import Value
 from dissect.vectors import OPS
 
 __all__ = ["Shifted", "Still", "Unshiftable"]
