@@ -46,6 +46,7 @@ _HOME = {
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
+    "quantize": "quantizing",
     "verify": "verifying",
     "with_head": "headed",
     "zoo": "",
@@ -78,6 +79,7 @@ __all__ = [
     "load",
     "per_frame",
     "pointwise",
+    "quantize",
     "verify",
     "with_head",
     "zoo",
@@ -106,6 +108,7 @@ if TYPE_CHECKING:
     from dissect.plan import Plan
     from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
+    from dissect.quantizing import quantize
     from dissect.registry import converter, pointwise
     from dissect.runner import Runner
     from dissect.stream import Stream, convert
