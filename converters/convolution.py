@@ -9,6 +9,7 @@ import torch
 
 from dissect.converters.stacked import stacked_conv
 from dissect.convolution import FrameConv, TemporalConv
+from dissect.primitives import WindowReduce
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
@@ -151,13 +152,15 @@ def convolve(
         newest = max(centre, kept - 1)
         fold = [min(max(tap - newest, 1 - kept), 0) + kept - 1 for tap in range(kernel)]
     taps = kernel if fold is None else kept
+    added = ctx.skip == "sum" and taps > 1
     ages = [(taps - 1 - tap) * spacing * clock.stride for tap in range(taps)]
     length = clock.length.then(pads[0] + pads[1] - reach - 1, step)
     if not ctx.exact:
         timing = strided(ctx, clock.plain(), step).but(length=length, old=clock.old + ages[0])
         whole = taps == kernel and causal and step == 1
+        decision = f"{taps} of {kernel} taps" if taps < kernel else f"{taps} taps, past only"
         ctx.row(
-            f"{taps} of {kernel} taps" if taps < kernel else f"{taps} taps, past only",
+            f"the sum of {taps} frames, 1 of {kernel} taps" if added else decision,
             exact=whole,
             reason="" if whole else _why(taps, kernel, step, causal),
             **facts,
@@ -181,7 +184,10 @@ def convolve(
         ctx.row(decision, exact=whole, reason="" if whole else f"{taps} of {kernel} taps by override", **facts)
     if taps == 1:
         return build(ctx, FrameConv, x, x, weight, bias, axes, timing, settings, fold)
-    known = ctx.history(x, ages[0])
+    known = ctx.history(ctx.filled(x), ages[0])
+    if added:
+        total = ctx.primitive("skip", WindowReduce("sum", ages), (known,), x.axes, clock.plain(), x.dtype)
+        return build(ctx, FrameConv, x, total, weight, bias, axes, timing, settings, [0] * kernel, taps)
     return build(ctx, TemporalConv, x, known, weight, bias, axes, timing, {**settings, "ages": ages}, fold)
 
 
@@ -202,12 +208,16 @@ def _why(taps: int, kernel: int, step: int, causal: bool) -> str:
     return ", ".join(reasons) or "right padding removed"
 
 
-def folded(weight: torch.Tensor, time: int, fold: list[int]) -> torch.Tensor:
-    """The kernel with each tap added to the one it is folded into; a still scene gives what it gave before."""
+def folded(weight: torch.Tensor, time: int, fold: list[int], frames: int = 1) -> torch.Tensor:
+    """The kernel with each tap added to the one it is folded into; a still scene gives what it gave before.
+
+    ``frames``: how many of them are added up before the kernel meets them; it gives each its share.
+    """
     shape = list(weight.shape)
     shape[2 + time] = max(fold) + 1
     index = torch.tensor(fold, device=weight.device)
-    return weight.new_zeros(shape).index_add(2 + time, index, weight)
+    kept = weight.new_zeros(shape).index_add(2 + time, index, weight)
+    return kept if frames == 1 else kept / frames
 
 
 def build(
@@ -221,18 +231,20 @@ def build(
     timing: Any,
     settings: dict[str, Any],
     fold: list[int] | None = None,
+    frames: int = 1,
 ) -> Value:
     """Emit the convolution: with its own weights at the layer's path, or with weights passed as arguments."""
 
     def module(weight: torch.Tensor | None, bias: torch.Tensor | None) -> FrameConv:
         if weight is not None and fold is not None:
-            weight = folded(weight, settings["time"], fold)
+            weight = folded(weight, settings["time"], fold, frames)
         return kind(weight, bias, **settings)  # type: ignore[no-any-return]
 
     layer = ctx.layer(module, {"weight": weight, "bias": bias})
     if layer is not None:
         return ctx.module(*layer, (known,), axes, timing, x.dtype)
-    node = weight.node if fold is None else ctx.graph.call_function(folded, (weight.node, settings["time"], fold))
+    how = (weight.node, settings["time"], fold, frames)
+    node = weight.node if fold is None else ctx.graph.call_function(folded, how)
     return ctx.primitive("conv", module(None, None), (known, node, bias), axes, timing, x.dtype)
 
 

@@ -94,7 +94,7 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
         kernel=positions,
         stride=stride,
     )
-    known = ctx.history(x, ages[0])
+    known = ctx.history(ctx.filled(x), ages[0])
     settings: dict[str, Any] = {"ages": ages, "before": before, "after": after}
     layer = ctx.layer(lambda weight, bias: WindowLinear(weight, bias, **settings), {"weight": weight, "bias": bias})
     if layer is not None:

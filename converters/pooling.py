@@ -126,7 +126,7 @@ def pool(
         add = min(add + step - 1, pad - 1)
     length = clock.length.then(add, step)
     if not ctx.exact:
-        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" else size)
+        taps = ctx.settings.get("depth", 1 if ctx.preset == "d3d" and not ctx.in_head else size)
         if (size, step) != (1, 1):
             reasons = [f"{taps} of {size} frames"] if taps < size else ["past only"] if size > 1 else []
             reasons += ["temporal stride removed"] if step > 1 else []
@@ -205,6 +205,8 @@ def pool_taps(
             if gap == clock.stride:
                 extra["count"] = ctx.inside(clock, positions=len(ages), widen=widen if include_pad else (0, 0))
                 divisor = 1.0
+        if "count" not in extra:  # a mean of what was seen has no use for a filling
+            y = ctx.filled(y)
         reduce = WindowReduce("mean", ages, divisor)
     history = ctx.history(y, ages[0])
     return ctx.primitive("pool", reduce, (history,), axes, timing, y.dtype, **extra)

@@ -60,7 +60,7 @@ def stacked_conv(ctx: Context, x: Value, weight: Value, bias: Value | None, sett
         reason="" if ctx.exact else "the last positions",
         kernel=positions,
     )
-    known = ctx.history(x, ages[0])
+    known = ctx.history(ctx.filled(x), ages[0])
 
     def kind(weight: Tensor | None, bias: Tensor | None, **given: Any) -> StackedConv:
         return StackedConv(weight, bias, before=before, after=after, **given)

@@ -114,6 +114,10 @@ def folded(
     places = [-((tap * gap - pad) // step) for tap in range(kernel)]
     newest = places[0] if ctx.preset == "causal" else min(places[0], 0)
     kept = min(ctx.depth(places[0] - places[-1] + 1), newest - places[-1] + 1) if newest >= places[-1] else 1
+    if kept > 1 and ctx.skip == "sum":
+        raise Refused(
+            "a transposed convolution has no sum of frames", f"leave it out: --set '{ctx.path}: skip=concat' (or none)"
+        )
     fold = [max(0, min(newest - place, kept - 1)) for place in places]
     ages = [age * timing.stride for age in reversed(range(kept))]
     reasons = ["taps moved into the past"] if places[0] > newest or (ctx.preset == "causal" and newest) else []
@@ -153,7 +157,7 @@ def build(
             weight = averaged(weight, settings["time"], *fold)
         return FrameConv(weight, bias, **settings) if single else TemporalConv(weight, bias, ages=ages, **settings)
 
-    source = x if single else ctx.history(x, ages[0])
+    source = x if single else ctx.history(ctx.filled(x), ages[0])
     layer = ctx.layer(module, {"weight": weight, "bias": bias})
     if layer is not None:
         return ctx.module(*layer, (source,), axes, timing, x.dtype)

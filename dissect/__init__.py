@@ -39,10 +39,12 @@ _HOME = {
     "convert": "stream",
     "converter": "registry",
     "export": "exporting",
+    "heads": "",
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
     "verify": "verifying",
+    "with_head": "headed",
     "zoo": "",
 }
 
@@ -66,14 +68,17 @@ __all__ = [
     "convert",
     "converter",
     "export",
+    "heads",
     "load",
     "per_frame",
     "pointwise",
     "verify",
+    "with_head",
     "zoo",
 ]
 
 if TYPE_CHECKING:
+    from dissect import heads as heads
     from dissect import zoo as zoo
     from dissect.errors import (
         CaptureError,
@@ -88,6 +93,7 @@ if TYPE_CHECKING:
         VideoError,
     )
     from dissect.exporting import export
+    from dissect.headed import with_head
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan

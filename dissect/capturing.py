@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,18 @@ from dissect.errors import CaptureError
 from dissect.inputs import Inputs
 from dissect.opaque import standing_aside
 
-__all__ = ["Captured", "capture", "copied", "dropout"]
+__all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
 
 #: stands for the batch while a network is captured; tried in turn
 BATCHES = (13, 2, 1)
+
+
+_CAPTURING = ContextVar("capturing", default=False)
+
+
+def capturing() -> bool:
+    """A network is being captured: what it calls may stand for itself as one operator."""
+    return _CAPTURING.get()
 
 
 @torch.library.custom_op("dissect::dropout", mutates_args=())
@@ -120,6 +129,7 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
 
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
     level = logging.root.manager.disable
+    token = _CAPTURING.set(True)
     logging.disable(logging.CRITICAL)  # an export that fails is explained once, not in torch's log
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -130,6 +140,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProg
             return torch.export.export(model, args, strict=False)
     finally:
         logging.disable(level)
+        _CAPTURING.reset(token)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

@@ -65,7 +65,7 @@ class FirstHistory(History):
             return super().forward(x, None, frames)
         first = x if frames is None else x.reshape(-1, frames, *x.shape[1:])[:, 0]
         late = mask if frames is None else mask.reshape(-1, frames)[:, 0]
-        before = first.repeat(1, self.depth, *[1] * (x.dim() - 2))
+        before = first if self.depth == 1 else first.repeat(1, self.depth, *[1] * (first.dim() - 2))
         if caches is not None:
             before = torch.where(lifted(late, before) > 0, caches[0], before)
         return super().forward(x, (before,), frames)

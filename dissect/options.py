@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import click
 
 from dissect.errors import DissectError, VerificationError
-from dissect.plan import POOLS, PRESETS
+from dissect.plan import FILLS, POOLS, PRESETS, SKIPS
 
 __all__ = ["INPUT", "Commands", "common", "merged", "network", "surgery"]
 
@@ -189,6 +189,21 @@ def surgery(function: Function) -> Function:
             default="window",
             show_default=True,
             help="What a global pool over time becomes.",
+        ),
+        click.option(
+            "--fill",
+            type=click.Choice(FILLS),
+            default="zeros",
+            show_default=True,
+            help="What stands before the first frame: zeros, or that frame again.",
+        ),
+        click.option("--stem", type=click.IntRange(min=1), help="Frames that the stem sees, in the preset d3d. [3]"),
+        click.option(
+            "--skip",
+            type=click.Choice(SKIPS),
+            default="concat",
+            show_default=True,
+            help="d3d: what a convolution does with the frame that it cached. sum and none are cheaper, and see less.",
         ),
         click.option("--time-dim", type=int, default=2, show_default=True, help="The clip's dimension that is time."),
         click.option(

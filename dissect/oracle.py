@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dissect.ledger import Axes, Axis, Factor
 from dissect.rewrite import Value
+from dissect.vectors import OPS
 
 __all__ = ["Shifted", "Still", "Unshiftable"]
 
@@ -29,6 +30,7 @@ _TRANSPOSED = {
 }
 _NORMS = (aten.group_norm, aten.instance_norm, aten.layer_norm)
 _RESAMPLING = (
+    OPS.frame_vectors,
     aten.repeat_interleave,
     *[
         getattr(aten, f"{name}{dims}d")
@@ -288,11 +290,13 @@ class Still(_Edges):
 class Shifted(_Edges):
     """The original with its kernels shifted into the past: all padding on the left, none on the right.
 
-    There is none for a network that adds positions between others, or shows each frame something of the whole clip.
+    With ``repeated``, the first frame stands there instead of a padding. There is no such oracle for a network that adds
+    positions between others, or shows each frame something of the whole clip.
     """
 
-    def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value]) -> None:
+    def __init__(self, module: fx.GraphModule, trace: Mapping[str, Value], repeated: bool = False) -> None:
         super().__init__(module, trace)
+        self.repeated = repeated
         self.ended: set[str] = set()  # values of the whole clip
 
     def run_node(self, n: fx.Node) -> Any:
@@ -333,6 +337,8 @@ class Shifted(_Edges):
     def edge(self, x: Tensor, dim: int, reach: int, left: int, right: int, fill: float) -> Tensor:
         if reach < 0:  # a padding of its own: the next kernel brings its own
             return x
+        if self.repeated:
+            return torch.cat([x.narrow(dim, 0, 1)] * reach + [x], dim)
         widths = [0, 0] * (x.dim() - 1 - dim) + [reach, 0]
         return F.pad(x, widths, value=fill)
 

@@ -18,14 +18,20 @@ __all__ = ["OVERRIDES", "PRESETS", "Options", "Plan", "Row"]
 
 PRESETS = ("d3d", "causal", "exact")
 POOLS = ("window", "cumulative", "none")
+SKIPS = ("concat", "sum", "none")
+FILLS = ("zeros", "replicate")
 
 #: what an override may say of a layer, and what it means
 OVERRIDES: dict[str, tuple[type[Any], str]] = {
     "depth": (int, "taps of a temporal convolution or pool; dropped taps are folded into the nearest kept one"),
+    "skip": (str, "concat, sum or none: how a convolution takes in what it cached (d3d alone)"),
+    "fill": (str, "zeros or replicate: what a convolution or a pool sees before the first frame (not exact)"),
     "pool": (str, "window, cumulative or none: what a global pool over time becomes"),
     "window": (int, "positions in the window of a global pool over time"),
     "wait": (bool, "a pool that is broadcast back onto every frame waits for the whole clip: exact, with delay"),
 }
+
+_CHOICES = {"pool": POOLS, "skip": SKIPS, "fill": FILLS}
 
 
 @dataclass(frozen=True)
@@ -53,24 +59,46 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for: the preset, what global pools over time become, and edits by path pattern."""
+    """What was asked for: the preset, what becomes of pools, temporal skips and first frames, and edits by path pattern.
+
+    preset, pool, window  the policy, what global pools over time become, and their window
+    skip   temporal skip connections of the ``d3d`` preset: the cached frame is put beside the present one (``concat``),
+           added to it before one convolution without time (``sum``), or dropped (``none``); never those of a stem
+    fill   what stands before the first frame: ``zeros``, or that frame again (``replicate``)
+    stem   frames that a stem sees in the ``d3d`` preset
+    """
 
     preset: str = "d3d"
     pool: str = "window"
     window: int | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    skip: str = "concat"
+    fill: str = "zeros"
+    stem: int = 3
 
     @classmethod
     def checked(
-        cls, preset: str, pool: str, window: int | None, overrides: Mapping[str, Mapping[str, Any]] | None
+        cls,
+        preset: str,
+        pool: str,
+        window: int | None,
+        overrides: Mapping[str, Mapping[str, Any]] | None,
+        skip: str = "concat",
+        fill: str = "zeros",
+        stem: int | None = None,
     ) -> Options:
         """Options that make sense; raises PlanError that names the wrong one and what there is."""
         if preset not in PRESETS:
             raise PlanError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-        if pool not in POOLS:
-            raise PlanError(f"pool {pool!r} is unknown; there are {', '.join(POOLS)}")
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise PlanError(f"window must be a number of positions of at least 1, not {window!r}")
+        for name, value in (("pool", pool), ("skip", skip), ("fill", fill)):
+            if value not in _CHOICES[name]:
+                raise PlanError(f"{name} {value!r} is unknown; there are {', '.join(_CHOICES[name])}")
+        for name, count, what in (("window", window, "positions"), ("stem", stem, "frames")):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise PlanError(f"{name} must be a number of {what} of at least 1, not {count!r}")
+        if stem is not None and preset != "d3d":
+            raise PlanError(f"stem={stem} is for the preset d3d: {preset} keeps every tap")
+        _fits("", {"skip": skip, "fill": fill}, preset)
         for pattern, changes in (overrides or {}).items():
             for key, value in changes.items():
                 if key not in OVERRIDES:
@@ -81,9 +109,11 @@ class Options:
                     raise PlanError(
                         f"override {pattern!r}: {key}={value!r} is no {kind.__name__} that fits ({meaning})"
                     )
-                if key == "pool" and value not in POOLS:
-                    raise PlanError(f"override {pattern!r}: pool={value!r} is unknown; there are {', '.join(POOLS)}")
-        return cls(preset, pool, window, dict(overrides or {}))
+                if key in _CHOICES and value not in _CHOICES[key]:
+                    there = ", ".join(_CHOICES[key])
+                    raise PlanError(f"override {pattern!r}: {key}={value!r} is unknown; there are {there}")
+            _fits(f"override {pattern!r}: ", changes, preset)
+        return cls(preset, pool, window, dict(overrides or {}), skip, fill, 3 if stem is None else stem)
 
     def of(self, path: str) -> dict[str, Any]:
         """The overrides that apply to a path; later patterns win."""
@@ -92,6 +122,14 @@ class Options:
             if fnmatchcase(path, pattern):
                 found.update(changes)
         return found
+
+
+def _fits(where: str, settings: Mapping[str, Any], preset: str) -> None:
+    """Raise PlanError for a skip or a fill that the preset has no use for."""
+    if preset != "d3d" and settings.get("skip", "concat") != "concat":
+        raise PlanError(f"{where}skip={settings['skip']} is for the preset d3d: {preset} keeps every tap")
+    if preset == "exact" and settings.get("fill", "zeros") != "zeros":
+        raise PlanError(f"{where}fill={settings['fill']} is not for exact: its edges are those of the original network")
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ class Context:
         self.clock: tuple[Clock, fx.Node] | None = None
         self.branches: Branches | None = None
         self.temporal: set[Any] = set()
+        self.heads: set[Any] = set()  # nodes where a head begins
         self.element_size = 4
         self.grain = (
             1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
@@ -607,18 +608,45 @@ class Context:
             size *= length
         return size
 
+    @property
+    def in_head(self) -> bool:
+        """The node at hand belongs to a head, which keeps all of its taps."""
+        assert self.branches is not None
+        return bool(self.heads) and self.branches.any_above(self.node, self.heads)
+
+    @property
+    def stem(self) -> bool:
+        """The node at hand is (or would be) a temporal convolution that none stands above, outside of every branch."""
+        assert self.branches is not None
+        others = self.temporal - {self.node}
+        return not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others)
+
+    @property
+    def skip(self) -> str:
+        """How the convolution at hand takes in what it cached; a stem has its frames side by side, unless told otherwise."""
+        free = self.preset != "d3d" or self.stem or self.in_head
+        asked: str = self.settings.get("skip", "concat" if free else self.options.skip)
+        return asked
+
     def depth(self, kernel: int) -> int:
         """Taps that the preset keeps of a temporal convolution with ``kernel`` taps, unless an override says otherwise."""
-        asked: int | None = self.settings.get("depth")
-        if self.preset == "d3d" and asked is None:
+        settings = self.settings
+        asked: int | None = 1 if settings.get("skip") == "none" else settings.get("depth")
+        if self.preset == "d3d" and asked is None and not self.in_head:
             assert self.branches is not None
-            others = self.temporal - {self.node}
-            if not self.branches.in_branch(self.node) and not self.branches.any_above(self.node, others):
-                asked = 3
+            if self.stem:
+                asked = self.options.stem
             else:
-                asked = 2 if self.branches.first(self.node, others) else 1
+                first = self.branches.first(self.node, self.temporal - {self.node})
+                asked = 2 if first and self.skip != "none" else 1
         self.temporal.add(self.node)
         return min(kernel, asked if asked is not None else kernel)
+
+    def filled(self, value: Value) -> Value:
+        """The value with what a convolution or a pool shall see before the first frame: zeros, or that frame again."""
+        if self.exact or self.settings.get("fill", self.options.fill) == "zeros":
+            return value
+        return replace(value, timing=value.clock.but(first=True))
 
 
 def gated(value: Value, fill: float) -> tuple[Any, ...]:
@@ -654,6 +682,19 @@ def path_of(node: fx.Node, captured: Captured) -> str:
     return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
 
 
+#: take nothing but the size of what they read: no branch begins or ends there
+_SHAPED = {
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+    torch.ops.aten.new_empty.default,
+}
+
+
 def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[Any]]:
     aten = torch.ops.aten
     active: dict[Any, list[Any]] = {}
@@ -664,7 +705,7 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
                 active[node] = []
         elif node.op == "call_function":
             reads = [arg for arg in dict.fromkeys(node.all_input_nodes) if arg in active]
-            if not reads:
+            if not reads or node.target in _SHAPED:
                 continue
             active[node] = reads
             shape = getattr(node.meta.get("val"), "shape", None)

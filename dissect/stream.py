@@ -194,15 +194,11 @@ def output_time(axes: Any) -> int:
 def _surgery(
     model: nn.Module | ExportedProgram | str | Path,
     example: Any,
-    preset: str,
-    overrides: Mapping[str, Mapping[str, Any]] | None,
-    pool: str,
-    window: int | None,
+    options: Options,
     time_dim: int | Sequence[int | None],
     layout: str | Sequence[str | None] | None,
     rates: Sequence[int] | None,
-) -> tuple[Dissected, Options, tuple[Any, ...]]:
-    options = Options.checked(preset, pool, window, overrides)
+) -> tuple[Dissected, tuple[Any, ...]]:
     args = copied(example)
     if isinstance(model, (str, Path)):
         from dissect.loading import load
@@ -219,7 +215,7 @@ def _surgery(
     if not dissected.refusals and (idle := set(options.overrides) - matched):
         paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
         raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
-    return dissected, options, args
+    return dissected, args
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -238,6 +234,10 @@ def convert(
     time_dim: int | Sequence[int | None] = 2,
     layout: str | Sequence[str | None] | None = None,
     rates: Sequence[int] | None = None,
+    *,
+    skip: str = "concat",
+    fill: str = "zeros",
+    stem: int | None = None,
 ) -> Stream:
     """Dissect a network: the same network, one frame at a time.
 
@@ -246,10 +246,16 @@ def convert(
     length sets the window of global pools. ``time_dim`` is the clip's time dimension (one for every input, or
     one each). ``overrides`` maps path patterns to settings, ``{"layer1.*.conv1": {"depth": 3}}``.
 
+    For the preset ``d3d``, ``skip`` says how a convolution takes in the frame that it cached: put beside the present one
+    (``concat``), added to it before one convolution without time (``sum``), or not at all (``none``); ``stem`` is the number of
+    frames that the first temporal convolution sees (3), whatever the skip. ``fill`` says what stands before the first frame:
+    ``zeros``, or that frame again (``replicate``; not for ``exact``, whose edges are the original's).
+
     Raises :class:`~dissect.CaptureError` where torch.export cannot take the network, :class:`~dissect.NotStreamable` with
     all operators that have no streaming form, :class:`~dissect.PlanError` for options that fit nothing.
     """
-    dissected, options, inputs = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
+    options = Options.checked(preset, pool, window, overrides, skip, fill, stem)
+    dissected, inputs = _surgery(model, example, options, time_dim, layout, rates)
     if dissected.refusals:
         raise NotStreamable(dissected.refusals)
     clip = next(unit for unit in dissected.inputs.tensors if unit.timed)
@@ -267,7 +273,12 @@ def plan(
     time_dim: int | Sequence[int | None] = 2,
     layout: str | Sequence[str | None] | None = None,
     rates: Sequence[int] | None = None,
+    *,
+    skip: str = "concat",
+    fill: str = "zeros",
+    stem: int | None = None,
 ) -> tuple[Plan, tuple[Any, ...]]:
     """The plan alone, and the refusals, without building anything; arguments as for :func:`convert`."""
-    dissected, options, _ = _surgery(model, example, preset, overrides, pool, window, time_dim, layout, rates)
+    options = Options.checked(preset, pool, window, overrides, skip, fill, stem)
+    dissected, _ = _surgery(model, example, options, time_dim, layout, rates)
     return Plan(options.preset, dissected.rows), dissected.refusals

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,8 @@ class _Verifier:
                 if frames == self.lengths()[0]:
                     raise
                 continue  # the original accepts no clip of this length
+            if min(timing.length(frames) for timing in self.stream.leaf_timings) < 1:
+                continue  # shorter than a window over the clip, which has no answer yet
             got = self.positions(self.stream.offline(*inputs), frames)
             what = f"stream and flush of {frames} frames"
             tolerance = self.tolerance if promise else float("inf")
@@ -349,7 +352,8 @@ class _Verifier:
                 leaf = rows_first(leaf, axes) if axes.time is None else _select(leaf, axes)
             ends.append(leaf)
         endless = any(timing.endless for timing in self.stream.leaf_timings)
-        promise = self.stream.options.pool != "none" and not self.stream.options.overrides and not endless
+        asked = {key for changes in self.stream.options.overrides.values() for key in changes}
+        promise = self.stream.options.pool != "none" and asked <= {"depth", "skip", "fill"} and not endless
         note = "no scene is steady to what remembers every frame so far" if endless else ""
         self.compare(
             pair, what, pytree.tree_leaves(out), ends, max(self.tolerance, 1e-4) if promise else float("inf"), note
@@ -359,7 +363,8 @@ class _Verifier:
         frames = self.lengths()[0]
         inputs = self.clip(1, frames)
         pair, what = "original, kernels shifted = causal", f"{frames} frames"
-        wanted = self.imagined(oracle.Shifted, model, inputs, pair, what)
+        shifted = partial(oracle.Shifted, repeated=self.stream.options.fill == "replicate")
+        wanted = self.imagined(shifted, model, inputs, pair, what)
         if wanted is None:
             return
         out = self.stream.apart(self.stream.clip(*inputs), frames)

@@ -98,6 +98,9 @@ def stream_of(work: Work, given: Mapping[str, Any]) -> Stream:
         given["pool"],
         given["window"],
         given["time_dim"],
+        skip=given["skip"],
+        fill=given["fill"],
+        stem=given["stem"],
     )
 
 

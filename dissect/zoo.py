@@ -27,13 +27,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["C3D", "ResNet", "c3d", "resnet18", "resnet34", "resnet50", "resnet101"]
+from dissect.errors import PlanError
+from dissect.headed import Headed, with_head
+from dissect.heads import Plain, head
+from dissect.stream import Stream, convert
+
+__all__ = [
+    "C3D",
+    "ResNet",
+    "c3d",
+    "d_resnet",
+    "headed_resnet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+]
 
 Shortcut = Literal["A", "B"]
 
@@ -264,6 +279,72 @@ def c3d(
     """A plain stack of convolutions and pools for clips of 16x112x112. See `C3D` for the arguments."""
     with _seeded(seed):
         return C3D(num_classes=num_classes, in_channels=in_channels, width=width, hidden=hidden, average=average)
+
+
+def headed_resnet(
+    depth: int,
+    *,
+    head: str | nn.Module | None = "fc",
+    num_classes: int = 600,
+    in_channels: int = 3,
+    width: int = 64,
+    seed: int | None = None,
+    **settings: Any,
+) -> Headed:
+    """A conventional 3D-ResNet of `depth` 18, 34, 50 or 101 with a head in place of its last pool and layer.
+
+    What the paper's D-ResNets are cut from: shortcut A with basic blocks, B and a neck of ``8 * width`` features with
+    bottlenecks. `head` is a name out of `dissect.heads.HEADS`, to which `settings` go (``frames``, ``layers``,
+    ``hidden``, ``dropout``, ``first``), or a module that takes vectors ``(N, T, 8 * width)``; without one the newest vector
+    comes out. A clip ``(N, in_channels, T, H, W)`` in, scores ``(N, num_classes)`` out; it comes in training mode.
+    """
+    if depth not in _RESNETS:
+        raise PlanError(f"there is no 3D-ResNet-{depth} in the zoo; there are {', '.join(map(str, _RESNETS))}")
+    features = 8 * width
+    deep = depth >= 50
+    made = _RESNETS[depth](num_classes, "B" if deep else "A", in_channels, width, seed, features if deep else None)
+    made.fc = nn.Identity()  # type: ignore[assignment]
+    return with_head(made, _head(head, features, num_classes, seed, settings), at="avgpool")
+
+
+def d_resnet(
+    depth: int,
+    head: str | nn.Module | None = "fc",
+    num_classes: int = 600,
+    *,
+    skip: str = "concat",
+    fill: str = "zeros",
+    stem: int | None = None,
+    in_channels: int = 3,
+    width: int = 64,
+    frames: int = 16,
+    size: int = 112,
+    seed: int | None = None,
+    **settings: Any,
+) -> Stream:
+    """The paper's D-ResNet-18, 34, 50 or 101: a conventional 3D-ResNet with a head, dissected by the preset ``d3d``.
+
+    `skip`, `fill` and `stem` are those of `dissect.convert`; `head` and `settings` those of `headed_resnet`, and
+    `frames` the vectors that an ``fc`` head sees. It takes frames ``(N, in_channels, size, size)``.
+    """
+    if head == "fc":
+        settings = {"frames": frames, **settings}
+    network = headed_resnet(
+        depth, head=head, num_classes=num_classes, in_channels=in_channels, width=width, seed=seed, **settings
+    )
+    clip = torch.zeros(1, in_channels, frames, size, size)
+    return convert(network.eval(), clip, skip=skip, fill=fill, stem=stem)
+
+
+_RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}
+
+
+def _head(given: str | nn.Module | None, features: int, classes: int, seed: int | None, settings: Any) -> nn.Module:
+    if isinstance(given, str):
+        return head(given, features, classes, seed=seed, **settings)
+    if settings:
+        raise PlanError(f"{', '.join(settings)}: settings of a head by name; this one is given as it is")
+    return Plain(features) if given is None else given
 
 
 def _resnet(

@@ -42,7 +42,7 @@ def test_no_function_is_shadowed_by_a_module() -> None:
     for name in MODULES:
         importlib.import_module(f"dissect.{name}")
     for name in dissect.__all__:
-        assert name not in MODULES or name == "zoo"
+        assert name not in MODULES or name in ("heads", "zoo")  # these two are modules
     assert callable(dissect.verify)
 
 
