@@ -195,7 +195,7 @@ def dispersion(both: Tensor, count: Any, each: int, correction: float, root: boo
         variance = variance * (count * each) / (count * each - correction).clamp(min=1e-6)
     elif correction:
         variance = variance * (count * each / max(count * each - correction, 1e-6))
-    return (variance.sqrt() if root else variance).reshape(shape)
+    return (rooted(variance, 2.0) if root else variance).reshape(shape)
 
 
 def centre(both: Tensor, shape: Sequence[int]) -> Tensor:
@@ -245,4 +245,7 @@ def powered(x: Tensor, power: float) -> Tensor:
 def rooted(x: Tensor, power: float) -> Tensor:
     if power in (0.0, 1.0, float("inf"), float("-inf")):
         return x
+    if x.requires_grad:  # torch's own norm and deviation have slope 0 at 0, where that of a root is infinite
+        zero = x == 0
+        return torch.where(zero, 0.0, torch.where(zero, 1.0, x).pow(1 / power))
     return x.sqrt() if power == 2.0 else x.pow(1 / power)

@@ -38,8 +38,10 @@ _HOME = {
     "Stream": "stream",
     "convert": "stream",
     "converter": "registry",
+    "deflate": "inflation",
     "export": "exporting",
     "heads": "",
+    "inflate": "inflation",
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
@@ -67,8 +69,10 @@ __all__ = [
     "__version__",
     "convert",
     "converter",
+    "deflate",
     "export",
     "heads",
+    "inflate",
     "load",
     "per_frame",
     "pointwise",
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     )
     from dissect.exporting import export
     from dissect.headed import with_head
+    from dissect.inflation import deflate, inflate
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan

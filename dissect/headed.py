@@ -54,7 +54,7 @@ class Headed(nn.Module):
         self._modules.update(model._modules)
         self._modules[place.head] = head
         self._place = place
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         clips = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -80,7 +80,8 @@ class Headed(nn.Module):
                 raise _Reached
 
         def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            note(next((leaf for leaf in pytree.tree_leaves((given, named)) if isinstance(leaf, Tensor)), None))
+            tensors = [leaf for leaf in pytree.tree_leaves((given, named)) if isinstance(leaf, Tensor)]
+            note(tensors[0] if len(tensors) == 1 else tensors)
 
         def behind(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
             note(result)
@@ -99,7 +100,7 @@ class Headed(nn.Module):
             handle.remove()
         if len(found) != 1 or not isinstance(found[0], Tensor):
             side = "gives" if after else "takes"
-            reason = f"is called {len(found)} times" if len(found) != 1 else f"{side} no tensor"
+            reason = f"is called {len(found)} times" if len(found) != 1 else f"{side} none or several tensors"
             raise DissectError(
                 f"{path}: this module {reason}, so no head can stand there; name one that is called once and {side} the "
                 "features of the clip"

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dissect.errors import PlanError
+from dissect.matching import video_points
 from dissect.vectors import running_mean
 
 __all__ = ["FC", "GRU", "HEADS", "LSTM", "Average", "Embedding", "Plain", "head"]
@@ -130,8 +131,7 @@ class Embedding(nn.Module):
         self.neck = nn.Identity() if classes is None else nn.Linear(features, classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        point = running_mean(self.neck(x), self.first)
-        return F.normalize(point, dim=1) if self.normalise else point
+        return video_points(self.neck(x), self.first, self.normalise)
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {

@@ -285,7 +285,7 @@ def headed_resnet(
     depth: int,
     *,
     head: str | nn.Module | None = "fc",
-    num_classes: int = 600,
+    num_classes: int | None = 600,
     in_channels: int = 3,
     width: int = 64,
     seed: int | None = None,
@@ -302,7 +302,7 @@ def headed_resnet(
         raise PlanError(f"there is no 3D-ResNet-{depth} in the zoo; there are {', '.join(map(str, _RESNETS))}")
     features = 8 * width
     deep = depth >= 50
-    made = _RESNETS[depth](num_classes, "B" if deep else "A", in_channels, width, seed, features if deep else None)
+    made = _RESNETS[depth](1, "B" if deep else "A", in_channels, width, seed, features if deep else None)
     made.fc = nn.Identity()  # type: ignore[assignment]
     return with_head(made, _head(head, features, num_classes, seed, settings), at="avgpool")
 
@@ -310,7 +310,7 @@ def headed_resnet(
 def d_resnet(
     depth: int,
     head: str | nn.Module | None = "fc",
-    num_classes: int = 600,
+    num_classes: int | None = 600,
     *,
     skip: str = "concat",
     fill: str = "zeros",
@@ -339,7 +339,9 @@ def d_resnet(
 _RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}
 
 
-def _head(given: str | nn.Module | None, features: int, classes: int, seed: int | None, settings: Any) -> nn.Module:
+def _head(
+    given: str | nn.Module | None, features: int, classes: int | None, seed: int | None, settings: Any
+) -> nn.Module:
     if isinstance(given, str):
         return head(given, features, classes, seed=seed, **settings)
     if settings:

@@ -14,7 +14,7 @@ from public_networks import example, network
 from torch import Tensor, nn
 
 import dissect
-from dissect import heads, zoo
+from dissect import benchmarking, heads, zoo
 from dissect.convolution import TemporalConv
 from dissect.errors import DissectError, NotStreamable
 
@@ -278,6 +278,46 @@ def test_exact_needs_clips_of_whole_positions_or_the_positions_themselves() -> N
         law(dissect.convert(headed, clip, preset=preset), noise(13))
 
 
+class Several(nn.Module):
+    """A pool over two pathways, as SlowFast has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join = Join()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.join([x, x])
+        return y
+
+
+class Join(nn.Module):
+    def forward(self, pathways: list[Tensor]) -> Tensor:
+        return torch.cat([x.mean((2, 3, 4)) for x in pathways], 1)
+
+
+def test_a_place_that_takes_several_tensors_is_refused() -> None:
+    headed = dissect.with_head(Several(), nn.Identity(), at="join")
+    with pytest.raises(DissectError, match="join: this module takes none or several tensors"):
+        headed(noise(8))
+
+
+def test_modes_stay_as_they_are() -> None:
+    """A batch norm that its owner froze stays frozen."""
+    model = Strided().train()
+    model.layer[1].eval()
+    headed = dissect.with_head(model, heads.Plain(4).eval(), at="avgpool")
+    assert headed.training
+    assert model.training
+    assert not model.layer[1].training
+    assert not headed.head.training
+
+
+def test_the_window_of_such_a_network_goes_into_a_file() -> None:
+    """Nothing of ours is in it for an exporter to stumble over."""
+    headed = made()[2].float()
+    assert callable(benchmarking.onnx_window(headed, (CLIP.float(),), 1))
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +345,7 @@ def test_a_place_that_makes_no_sense_is_refused(given: dict[str, Any], words: li
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize(("at", "words"), [("conv", "takes no tensor|called 2 times"), ("spare", "called 0 times")])
+@pytest.mark.parametrize(("at", "words"), [("conv", "called 2 times"), ("spare", "called 0 times")])
 def test_a_module_that_is_not_called_once_is_refused(at: str, words: str) -> None:
     headed = dissect.with_head(Twice().double(), nn.Identity(), after=at, name="tail")
     with pytest.raises(DissectError, match=words), torch.no_grad():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from laws import close, law, steps
 from torch import Tensor, nn
 
 import dissect
 from dissect import zoo
+from dissect.cli import main
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.errors import NotStreamable, PlanError
 
@@ -258,3 +261,19 @@ def test_a_resnet_keeps_its_stem_and_its_keys(skip: str) -> None:
     assert {state[f"layer{at}.{block}.conv1.weight"].shape[2] for at in range(1, 5) for block in (0, 1)} == (
         {2} if skip == "concat" else {1}
     )
+
+
+def test_the_command_line_has_them_too() -> None:
+    arguments = {"depth": 18, "head": "gru", "width": 4, "hidden": 8, "seed": 0}
+    command = ["inspect", "--arch", "dissect.zoo:headed_resnet", "--arch-args", json.dumps(arguments)]
+    command += ["--input", "1x3x16x32x32", "--skip", "sum", "--stem", "1", "--fill", "replicate", "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    rows = {row["path"]: row["decision"] for row in json.loads(result.stdout)["rows"]}
+    assert rows["conv1"] == "1 of 7 taps"
+    assert rows["layer1.0.conv1"] == "the sum of 2 frames, 1 of 3 taps"
+    assert rows["layer1.0.conv2"] == "1 of 3 taps"
+    assert rows["head.rnn"].startswith("recurrence")
+    result = CliRunner().invoke(main, [*command, "--preset", "causal"])
+    assert result.exit_code == 2
+    assert "stem=1 is for the preset d3d" in result.output
