@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CaptureError": "errors",
+    "ClipError": "errors",
     "DissectError": "errors",
     "ExportError": "errors",
     "LoadError": "errors",
@@ -36,22 +37,29 @@ _HOME = {
     "Preprocess": "preprocess",
     "Runner": "runner",
     "Stream": "stream",
+    "agreement": "distilling",
     "convert": "stream",
     "converter": "registry",
     "deflate": "inflation",
+    "distil": "distilling",
     "export": "exporting",
+    "fine_tune": "fine_tuning",
     "heads": "",
     "inflate": "inflation",
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
+    "recalibrate": "recalibrating",
+    "reconstruct": "reconstructing",
     "verify": "verifying",
+    "video_clips": "cutting",
     "with_head": "headed",
     "zoo": "",
 }
 
 __all__ = [
     "CaptureError",
+    "ClipError",
     "DissectError",
     "ExportError",
     "LoadError",
@@ -67,16 +75,22 @@ __all__ = [
     "VerificationError",
     "VideoError",
     "__version__",
+    "agreement",
     "convert",
     "converter",
     "deflate",
+    "distil",
     "export",
+    "fine_tune",
     "heads",
     "inflate",
     "load",
     "per_frame",
     "pointwise",
+    "recalibrate",
+    "reconstruct",
     "verify",
+    "video_clips",
     "with_head",
     "zoo",
 ]
@@ -84,8 +98,11 @@ __all__ = [
 if TYPE_CHECKING:
     from dissect import heads as heads
     from dissect import zoo as zoo
+    from dissect.cutting import video_clips
+    from dissect.distilling import agreement, distil
     from dissect.errors import (
         CaptureError,
+        ClipError,
         DissectError,
         ExportError,
         LoadError,
@@ -97,12 +114,15 @@ if TYPE_CHECKING:
         VideoError,
     )
     from dissect.exporting import export
+    from dissect.fine_tuning import fine_tune
     from dissect.headed import with_head
     from dissect.inflation import deflate, inflate
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan
     from dissect.preprocess import Preprocess
+    from dissect.recalibrating import recalibrate
+    from dissect.reconstructing import reconstruct
     from dissect.registry import converter, pointwise
     from dissect.rewrite import Refused
     from dissect.runner import Runner

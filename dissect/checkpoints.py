@@ -41,7 +41,9 @@ class Checkpoint:
             return cls(None)
         file = Path(path)
         if file.is_dir() or not file.parent.is_dir():
-            raise LoadError(f"{file} {'is a folder' if file.is_dir() else 'lies in no folder'}; name a file for the checkpoint")
+            raise LoadError(
+                f"{file} {'is a folder' if file.is_dir() else 'lies in no folder'}; name a file for the checkpoint"
+            )
         return cls(file, {"task": task, "network": fingerprint(stream), **settings})
 
     def load(self) -> dict[str, Any] | None:
@@ -82,5 +84,5 @@ def fingerprint(stream: Stream) -> str:
     digest = hashlib.sha256(repr(stream.options).encode())
     for name, tensor in sorted(stream.dissected.captured.state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -161,7 +161,12 @@ class Clips:
             )
         leaves = [pytree.tree_flatten(inputs)[0] for _, inputs, _ in rows]
         if not self._whole(rows[0][1]):
-            leaves = [[torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves)]]
+            leaves = [
+                [
+                    torch.stack(column) if isinstance(column[0], Tensor) else column[0]
+                    for column in zip(*leaves, strict=True)
+                ]
+            ]
         example = pytree.tree_leaves(self.stream.example)
         ready = [
             leaf.to(kind.dtype) if isinstance(kind, Tensor) and kind.is_floating_point() else leaf

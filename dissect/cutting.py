@@ -35,7 +35,9 @@ class VideoClips(Dataset[Tensor]):
     An item is a clip (C, frames, H, W), float32, with time at ``time_dim - 1``.
     """
 
-    def __init__(self, cut: Sequence[tuple[str, int, NDArray[np.uint8]]], preprocess: Preprocess, time_dim: int) -> None:
+    def __init__(
+        self, cut: Sequence[tuple[str, int, NDArray[np.uint8]]], preprocess: Preprocess, time_dim: int
+    ) -> None:
         self._cut, self._time_dim = cut, time_dim
         low, high = preprocess.range
         mean, std = (np.asarray(part, np.float64) for part in (preprocess.mean, preprocess.std))
