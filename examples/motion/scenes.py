@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 SIZE = 32
+MEAN, STD = 0.1, 0.25  # of the pixels, from 0 to 1
 KINDS = {  # what moves: (x, y, angle, size), and how fast, from ... to: pixels, pixels, degrees, parts a frame
     "right, slowly": ((1, 0, 0, 0), (0.4, 0.8)),
     "right, fast": ((1, 0, 0, 0), (1.2, 2.0)),
@@ -100,65 +101,73 @@ def digits(validation: bool) -> Tensor:
     return images[order[:quarter] if validation else order[quarter:]]
 
 
-def drawn(images: Tensor, paths: Tensor) -> Tensor:
-    """Digits (N, 8, 8) on their paths (N, frames, 4) as pictures (N, frames, SIZE, SIZE)."""
-    count, frames, _ = paths.shape
-    x, y, angle, size = paths.reshape(-1, 4).unbind(1)
+def drawn(image: Tensor, path: Tensor) -> Tensor:
+    """A digit (8, 8) on its path (frames, 4) as pictures (frames, SIZE, SIZE)."""
+    x, y, angle, size = path.unbind(1)
     steps = torch.arange(SIZE, dtype=torch.float32)
 
     def offset(place: Tensor) -> Tensor:  # from the digit's middle to each pixel, the short way round
         return (steps - place[:, None] + SIZE / 2) % SIZE - SIZE / 2
 
     across, down = offset(x)[:, None, :], offset(y)[:, :, None]
-    cos, sin = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle))
+    cos, sin = torch.cos(torch.deg2rad(angle))[:, None, None], torch.sin(torch.deg2rad(angle))[:, None, None]
     scale = (4 * torch.exp(size))[:, None, None]
-    cos, sin = cos[:, None, None], sin[:, None, None]
     grid = torch.stack([(cos * across + sin * down) / scale, (cos * down - sin * across) / scale], -1)
-    source = images[:, None, None].expand(-1, frames, 1, 8, 8).reshape(-1, 1, 8, 8)
-    return F.grid_sample(source, grid, align_corners=False).reshape(count, frames, SIZE, SIZE)
+    return F.grid_sample(image.expand(len(path), 1, 8, 8), grid, align_corners=False).squeeze(1)
 
 
-def filmed(motions: Sequence[Sequence[Motion]], frames: Sequence[int], validation: bool, random: torch.Generator) -> Tensor:
-    """Videos (N, 1, T, SIZE, SIZE), about mean 0 and deviation 1: one motion after the other, as long as ``frames``."""
-    count, pool = len(motions), digits(validation)
-    chosen = torch.randint(len(pool), (2, count), generator=random)
-    bright = 0.6 + 0.4 * torch.rand(count, 1, 1, 1, generator=random)
-    parts = []
-    start: list[tuple[float, ...] | None] = [None] * count
-    for step, length in enumerate(frames):
-        paths = []
-        for row, one in enumerate(motions):
-            path = one[step].path(length + 1)
-            if start[row] is not None:  # go on from where the last motion ended
-                path[:, :3] += torch.tensor(start[row])[:3] - path[0, :3]
-            paths.append(path[:length])
-            start[row] = tuple(path[length].tolist())
-        parts.append(drawn(pool[chosen[0]], torch.stack(paths)))
-    video = torch.cat(parts, 1) * bright
-    still = torch.rand(count, 1, 4, generator=random) * torch.tensor([SIZE, SIZE, 360.0, _MOST - _LEAST])
-    still[:, :, 3] += _LEAST
-    video = torch.maximum(video, drawn(pool[chosen[1]], still) * 0.4)
+def filmed(motions: Sequence[Motion], frames: Sequence[int], validation: bool, random: torch.Generator) -> Tensor:
+    """A video (1, T, SIZE, SIZE), about mean 0 and deviation 1: one motion after another, each for its ``frames``."""
+    pool = digits(validation)
+    moving, still = pool[torch.randint(len(pool), (2,), generator=random)]
+    paths: list[Tensor] = []
+    for one, length in zip(motions, frames, strict=True):
+        path = one.path(length + 1)
+        if paths:  # go on from where the last motion ended
+            path[:, :3] += paths[-1][-1, :3] - path[0, :3]
+        paths.append(path)
+    bright = 0.6 + 0.4 * torch.rand((), generator=random)
+    video = drawn(moving, torch.cat([path[:-1] for path in paths])) * bright
+    place = torch.rand(4, generator=random) * torch.tensor([SIZE, SIZE, 360.0, _MOST - _LEAST])
+    place[3] += _LEAST
+    video = torch.maximum(video, drawn(still, place[None]) * 0.4)
     video = video + 0.15 * torch.randn(video.shape, generator=random)
-    return ((video - 0.1) / 0.25).unsqueeze(1)
+    return ((video - MEAN) / STD).unsqueeze(0)
 
 
 class Videos(Dataset[tuple[Tensor, int]]):
-    """``count`` labelled videos, (1, frames, SIZE, SIZE) each; number i is the same video whenever it is asked for.
+    """``count`` labelled videos, (1, frames, SIZE, SIZE) each.
 
-    The second half of an ordered class begins between the parts ``turns`` of the video.
+    Number i is the same video whenever it is asked for; with ``fresh`` it is a new one each time, from torch's own
+    random numbers. The second half of an ordered class begins between the parts ``turns`` of the video.
     """
 
     def __init__(
-        self, count: int, frames: int, *, validation: bool, seed: int, turns: tuple[float, float] = (0.4, 0.6)
+        self,
+        count: int,
+        frames: int,
+        *,
+        validation: bool = False,
+        seed: int = 0,
+        turns: tuple[float, float] = (0.4, 0.6),
+        fresh: bool = False,
     ) -> None:
-        self.count, self.frames, self.validation, self.seed = count, frames, validation, seed
+        self.count, self.frames, self.validation, self.seed, self.fresh = count, frames, validation, seed, fresh
         self.turns = (turns[0] * frames, turns[1] * frames)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        random = torch.Generator().manual_seed((self.seed * 2 + self.validation) * 1_000_003 + index)
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        number = int(torch.randint(2**40, ())) if self.fresh else index
+        random = torch.Generator().manual_seed((self.seed * 2 + self.validation) * 1_000_003 + number)
         label = int(torch.randint(len(LABELS), (), generator=random))
         one = motion(LABELS[label], self.validation, random, self.turns)
-        return filmed([[one]], [self.frames], self.validation, random)[0], label
+        return filmed([one], [self.frames], self.validation, random), label
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """All of them at once: (count, 1, frames, SIZE, SIZE), and their labels (count,)."""
+        videos, labels = zip(*(self[index] for index in range(self.count)), strict=True)
+        return torch.stack(videos), torch.tensor(labels)
