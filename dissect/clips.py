@@ -129,7 +129,7 @@ class Clips:
         if hasattr(item, "__array__") and not isinstance(item, Tensor):
             item = torch.as_tensor(item)
         listed = count == 1 and isinstance(example[0], (list, tuple))
-        if isinstance(item, Tensor) or (listed and item and isinstance(item[0], Tensor)):
+        if (count == 1 and isinstance(item, Tensor)) or (listed and item and isinstance(item[0], Tensor)):
             found, label = (item,), None
         elif isinstance(item, (tuple, list)) and len(item) in (count, count + 1):
             found, label = tuple(item[:count]), item[count] if len(item) > count else None
