@@ -37,7 +37,9 @@ def test_nothing_else_changes() -> None:
     assert dissect.recalibrate(stream, CLIPS) is stream
     after = weights(stream)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"{norm}.{part}" for norm in ("bn1", "bn3") for part in ("running_mean", "running_var", "num_batches_tracked")}
+    assert changed == {
+        f"{norm}.{part}" for norm in ("bn1", "bn3") for part in ("running_mean", "running_var", "num_batches_tracked")
+    }
     assert [module.momentum for _, module in batch_norms(stream.clip)] == momenta
     assert not any(module.training for form in (stream.clip, stream.step) for module in form.modules())
 

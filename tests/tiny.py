@@ -61,7 +61,9 @@ def clips(count: int, frames: int = FRAMES, seed: int = 1, dtype: torch.dtype = 
     return (torch.sin(grid + place + 0.3 * speed * times) + noise).to(dtype)
 
 
-def labelled(count: int, frames: int = FRAMES, seed: int = 1, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, int]]:
+def labelled(
+    count: int, frames: int = FRAMES, seed: int = 1, dtype: torch.dtype = torch.float64
+) -> list[tuple[Tensor, int]]:
     """Clips with labels."""
     return [(clip, index % 3) for index, clip in enumerate(clips(count, frames, seed, dtype))]
 
