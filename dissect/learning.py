@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from dissect.checkpoints import Checkpoint
 from dissect.clips import Batch, Clips
-from dissect.errors import ClipError
+from dissect.errors import ClipError, PlanError
 from dissect.rendering import Bar
 from dissect.stream import Stream
 
@@ -91,7 +91,7 @@ def placed(stream: Stream, device: str | torch.device | None) -> Iterator[torch.
     """The stream on a device for the time of the block; afterwards all its modules are in eval mode, where they were."""
     parameter = next(stream.clip.parameters(), None)
     before = None if parameter is None else parameter.device
-    target = before if device is None else torch.device(device)
+    target = before if device is None else _device(device)
     if target is not None and target != before:
         stream.clip.to(target)
     try:
@@ -101,6 +101,17 @@ def placed(stream: Stream, device: str | torch.device | None) -> Iterator[torch.
             form.eval()
         if target is not None and before is not None and target != before:
             stream.clip.to(before)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """A device that is there; raises :class:`~dissect.PlanError` for any other."""
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise PlanError(f"device {name!r} is unknown; there are cpu, cuda, cuda:1, mps, ...") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"device {str(found)!r}: torch sees no GPU here; leave the device out to train on the CPU")
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
 @dataclass

@@ -90,7 +90,7 @@ def test_networks_of_several_inputs() -> None:
     assert [leaf.shape for leaf in taken.inputs] == [(3, 1, 6, 8, 8), (3, 1)]
     assert taken.labels is not None
     assert taken.labels.tolist() == [0, 1, 2]
-    with pytest.raises(ClipError, match="clip 0 is a tensor .* give the network's 2 inputs"):
+    with pytest.raises(ClipError, match=r"clip 0 is a tensor .* give the network's 2 inputs"):
         list(Clips(stream, FEW).epoch())
 
 
@@ -124,11 +124,11 @@ def test_an_error_names_the_file_where_the_source_knows_it() -> None:
         def name(self, index: int) -> str:
             return f"street.mp4, frames {6 * index} to {6 * index + 5}"
 
-    with pytest.raises(ClipError, match="street.mp4, frames 6 to 11 has 3 channels"):
+    with pytest.raises(ClipError, match=r"street.mp4, frames 6 to 11 has 3 channels"):
         list(Clips(STREAM, Named([FEW[0], FEW[1].repeat(3, 1, 1, 1)])).epoch())
 
 
 def test_channels_of_a_colour_network() -> None:
     stream = dissect.convert(nn.Conv3d(3, 2, 3, padding=1), CLIP.float().repeat(1, 3, 1, 1, 1))
-    with pytest.raises(ClipError, match="clip 0 has 1 channel, where the network takes 3.*turn it to colour"):
+    with pytest.raises(ClipError, match=r"clip 0 has 1 channel, where the network takes 3.*turn it to colour"):
         list(Clips(stream, FEW.float()).epoch())

@@ -124,7 +124,7 @@ def test_a_loader_is_entered_where_it_was_left(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     model = tiny()
     dissect.distil(cut(model), model, CLIPS, checkpoint=tmp_path / "run", **SHORT)
-    with pytest.raises(LoadError, match="of a run with lr=0.003, not 0.1"):
+    with pytest.raises(LoadError, match=r"of a run with lr=0.003, not 0.1"):
         dissect.distil(cut(model), model, CLIPS, checkpoint=tmp_path / "run", **{**SHORT, "lr": 0.1})
 
 

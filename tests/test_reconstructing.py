@@ -124,7 +124,7 @@ def test_what_cannot_be_reconstructed() -> None:
     model = tiny()
     with pytest.raises(PlanError, match="nothing to reconstruct"):
         dissect.reconstruct(cut(model, preset="exact"), model, CLIPS)
-    with pytest.raises(ClipError, match="clips for reconstruct are of one shape.*cut them to one length"):
+    with pytest.raises(ClipError, match=r"clips for reconstruct are of one shape.*cut them to one length"):
         dissect.reconstruct(cut(model), model, [CLIPS[0], CLIPS[1][:, :6]])
     with pytest.raises(ClipError, match="clip 1 has 3 channels"):
         dissect.reconstruct(cut(model), model, [CLIPS[0], CLIPS[1].repeat(3, 1, 1, 1)])
