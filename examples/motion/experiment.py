@@ -19,6 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import causality
+import costs
+import dynamics
+import figures
 import torch
 from scenes import Videos
 from torch import nn
@@ -138,6 +142,50 @@ def scratch(lab: Lab) -> dict[str, float]:
     return lab.scored(stream)
 
 
+def fine_tuned(lab: Lab) -> dict[str, float]:
+    """From the recalibrated cut, with labels, by the paper's recipe; the videos are new ones in every epoch."""
+    stream = dissect.recalibrate(lab.cut(lab.model()), lab.unlabelled(), progress=False)
+    scale = lab.scale
+    videos = Videos(scale.tune_videos, 20, seed=500 + lab.seed, fresh=True)
+    dissect.fine_tune(
+        stream,
+        videos,
+        epochs=scale.tune_epochs,
+        batch=min(16, scale.tune_videos),
+        lr=0.05,
+        patience=1,
+        seed=lab.seed,
+        checkpoint=lab.file("fine-tuned", "checkpoint"),
+        progress=False,
+    )
+    lab.file("fine-tuned", "checkpoint").unlink()
+    lab.keep("fine-tuned", stream.clip)
+    return lab.scored(stream)
+
+
+def exact(lab: Lab) -> dict[str, float]:
+    """The exact stream is the clip network: it has its accuracy, if its scores are the same."""
+    videos, _ = lab.judged()
+    error = costs.exact_error(lab.model(), videos[:8, :, :16])
+    if error > 1e-4:
+        raise AssertionError(f"the exact stream differs from the clip network by {error:.1e}")
+    return {**done(lab, "conventional"), "error": error}
+
+
+def with_heads(lab: Lab) -> dict[str, Any]:
+    """Heads on the taught network's frame vectors, which are frozen."""
+    weights = torch.load(lab.file("distilled", "pt"), weights_only=True)
+    found, made = causality.short_heads(weights, lab.scale, lab.seed)
+    for kind, head in made.items():
+        lab.keep(f"head-{kind}", head)
+    return found
+
+
+def with_long_videos(lab: Lab) -> dict[str, Any]:
+    """Figure 7."""
+    return causality.analysed(torch.load(lab.file("distilled", "pt"), weights_only=True), lab.scale, lab.seed)
+
+
 STAGES: dict[str, Callable[[Lab], Any]] = {
     "conventional": train_conventional,
     "folded": folded,
@@ -149,6 +197,15 @@ STAGES: dict[str, Callable[[Lab], Any]] = {
     "scratch": scratch,
     "causal": lambda lab: folded(lab, preset="causal"),
     "causal-recalibrated": lambda lab: recalibrated(lab, preset="causal"),
+    "fine-tuned": fine_tuned,
+    "exact": exact,
+    "heads": with_heads,
+    "causality": with_long_videos,
+    "dynamics": lambda lab: dynamics.measured(
+        lab.model(), lambda **options: lab.learnt("distilled", **options), lab.scale, lab.seed
+    ),
+    "cuts": lambda lab: dynamics.cuts(lab.learnt("distilled"), *lab.judged()),
+    "costs": lambda lab: costs.measured(),
 }
 
 
@@ -164,7 +221,12 @@ def main() -> None:
     for seed in [0] if given.quick else given.seeds:
         lab = Lab(folder, seed, QUICK if given.quick else Scale())
         for name in given.only:
-            done(lab, name)
+            if name != "costs" or seed == 0:  # they are the same for all seeds
+                done(lab, name)
+    for title, table in figures.TABLES.items():
+        print(f"\n{title}\n\n{table(folder)}")
+    for plot in figures.drawn(folder):
+        print(f"\ndrawn: {plot}")
 
 
 def done(lab: Lab, name: str) -> Any:

@@ -40,9 +40,11 @@ class Scale:
     head_epochs: int = 40
     long_videos: int = 1600
     streams: int = 200
+    tune_videos: int = 800
+    tune_epochs: int = 24
 
 
-QUICK = Scale(12, 8, 6, 4, 24, 6, 24, 36, 36, 2, 24, 6)
+QUICK = Scale(12, 8, 6, 4, 24, 6, 24, 36, 36, 2, 24, 6, 12, 2)
 
 
 def conventional(seed: int | None = None) -> nn.Module:
