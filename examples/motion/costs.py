@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from causality import FEATURES, KINDS
+from causality import KINDS
 from torch import nn
 from training import CLIP, conventional
 

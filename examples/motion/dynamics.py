@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from scenes import LABELS, SINGLE, filmed, motion
+from scenes import LABELS, SINGLE, filmed, motion, ready
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import FRAMES, WINDOW, Scale, accuracy, streamed
@@ -34,7 +34,7 @@ def streams(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         if kin[0] == kin[1]:
             continue
         motions = [motion(SINGLE[index], True, random, (0, 1)) for index in (one, two)]
-        videos.append(filmed(motions, [BEFORE, AFTER], True, random))
+        videos.append(ready(filmed(motions, [BEFORE, AFTER], True, random)))
         first.append(LABELS.index(SINGLE[one]))
         then.append(LABELS.index(SINGLE[two]))
     return torch.stack(videos), torch.tensor(first), torch.tensor(then)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 SIZE = 32
-MEAN, STD = 0.1, 0.25  # of the pixels, from 0 to 1
+MEAN, STD = 0.12, 0.18  # of the pixels, from 0 to 1
 KINDS = {  # what moves: (x, y, angle, size), and how fast, from ... to: pixels, pixels, degrees, parts a frame
     "right, slowly": ((1, 0, 0, 0), (0.4, 0.8)),
     "right, fast": ((1, 0, 0, 0), (1.2, 2.0)),
@@ -117,7 +117,7 @@ def drawn(image: Tensor, path: Tensor) -> Tensor:
 
 
 def filmed(motions: Sequence[Motion], frames: Sequence[int], validation: bool, random: torch.Generator) -> Tensor:
-    """A video (1, T, SIZE, SIZE), about mean 0 and deviation 1: one motion after another, each for its ``frames``."""
+    """A video (1, T, SIZE, SIZE), grey from 0 to 1: one motion after another, each for its ``frames``."""
     pool = digits(validation)
     moving, still = pool[torch.randint(len(pool), (2,), generator=random)]
     paths: list[Tensor] = []
@@ -131,8 +131,12 @@ def filmed(motions: Sequence[Motion], frames: Sequence[int], validation: bool, r
     place = torch.rand(4, generator=random) * torch.tensor([SIZE, SIZE, 360.0, _MOST - _LEAST])
     place[3] += _LEAST
     video = torch.maximum(video, drawn(still, place[None]) * 0.4)
-    video = video + 0.15 * torch.randn(video.shape, generator=random)
-    return ((video - MEAN) / STD).unsqueeze(0)
+    return (video + 0.15 * torch.randn(video.shape, generator=random)).clamp(0, 1).unsqueeze(0)
+
+
+def ready(video: Tensor) -> Tensor:
+    """A video as the networks take it: about mean 0 and deviation 1."""
+    return (video - MEAN) / STD
 
 
 class Videos(Dataset[tuple[Tensor, int]]):
@@ -165,7 +169,7 @@ class Videos(Dataset[tuple[Tensor, int]]):
         random = torch.Generator().manual_seed((self.seed * 2 + self.validation) * 1_000_003 + number)
         label = int(torch.randint(len(LABELS), (), generator=random))
         one = motion(LABELS[label], self.validation, random, self.turns)
-        return filmed([one], [self.frames], self.validation, random), label
+        return ready(filmed([one], [self.frames], self.validation, random)), label
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All of them at once: (count, 1, frames, SIZE, SIZE), and their labels (count,)."""

@@ -52,17 +52,17 @@ def conventional(seed: int | None = None) -> nn.Module:
     return zoo.resnet18(len(LABELS), in_channels=1, width=WIDTH, seed=seed)
 
 
-def trained(network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], scale: Scale, seed: int) -> None:
+def trained(network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], steps: int, batch: int, seed: int) -> None:
     """Train on labelled videos, new ones all the time; ``loss`` takes videos (N, 1, FRAMES, ...) and labels (N,)."""
-    videos = Videos(scale.steps * scale.batch, FRAMES, seed=seed)
+    videos = Videos(steps * batch, FRAMES, seed=seed)
     optimizer = torch.optim.AdamW(network.parameters(), 4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, scale.steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.15)
     network.to(memory_format=torch.channels_last_3d).train()  # a quarter faster on a CPU
     torch.manual_seed(seed)
-    for step in range(scale.steps):
-        pairs = [videos[step * scale.batch + index] for index in range(scale.batch)]
-        batch, labels = torch.stack([video for video, _ in pairs]), torch.tensor([label for _, label in pairs])
-        descend(optimizer, loss(batch, labels))
+    for step in range(steps):
+        pairs = [videos[step * batch + index] for index in range(batch)]
+        clips, labels = torch.stack([video for video, _ in pairs]), torch.tensor([label for _, label in pairs])
+        descend(optimizer, loss(clips, labels))
         schedule.step()
     network.eval()
 
