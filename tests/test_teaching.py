@@ -110,7 +110,7 @@ def test_inputs_that_merge_batch_and_time() -> None:
     torch.manual_seed(0)
     model = Merged().eval()
     example = torch.zeros(FRAMES, 1, 8, 8)
-    stream = dissect.convert(model, example, layout="(B T=6) C H W")
+    stream = dissect.convert(model, example, layout="(b t=6) c h w")
     videos = [clip[0, :, None].float() for clip in CLIPS[:, :, :FRAMES]]
     taken: Iterator[Batch] = Clips(stream, videos).epoch()
     (lesson,) = Teacher(stream, model, None).lessons(next(taken))
