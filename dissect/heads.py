@@ -152,6 +152,8 @@ def head(name: str, features: int, classes: int | None, *, seed: int | None = No
     """
     if name not in HEADS:
         raise PlanError(f"head {name!r} is unknown; there are {', '.join(HEADS)}")
+    if classes is None and name not in ("plain", "embedding"):
+        raise PlanError(f"head {name!r} needs a number of classes; plain and embedding can do without")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

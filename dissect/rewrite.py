@@ -556,7 +556,8 @@ class Context:
             phased = self.exact and stride > 1
             masked = (self.inside(clock, phase=phased),) if self.exact else ()
             before = CumulativeMean(value.axes.frame, kind="mean" if kind == "sum" else kind)
-            timing = timing.but(pooled=frozenset({len(self.rows)}))
+            # The first frames that it took in hold what stands before the stream, and it never forgets them.
+            timing = timing.but(pooled=frozenset({len(self.rows)}), endless=clock.endless or clock.old > 0)
             out = self.primitive("pool", before, (value, *masked), axes, timing, value.dtype)
             self.row(
                 "cumulative " + kind,

@@ -197,6 +197,15 @@ def test_a_head_that_makes_no_sense_is_refused(name: str, settings: dict[str, An
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+@pytest.mark.parametrize("name", heads.HEADS)
+def test_some_heads_do_without_classes(name: str) -> None:
+    if name in ("plain", "embedding"):
+        assert heads.head(name, FEATURES, None)(clip().float()).shape == (2, FEATURES)
+    else:
+        with pytest.raises(PlanError, match=f"'{name}' needs a number of classes"):
+            heads.head(name, FEATURES, None)
+
+
 def test_vectors_stay_plain_torch_outside_of_a_capture() -> None:
     """Positions are held until the next; a mean has a gradient; an exporter sees no operator of ours."""
     x = torch.arange(6.0).reshape(1, 3, 2).requires_grad_()

@@ -118,6 +118,17 @@ def test_a_still_scene_keeps_its_answer(skip: str, fill: str) -> None:
     assert row.tolerance == 1e-4
 
 
+def test_a_cumulative_pool_promises_nothing_of_a_still_scene() -> None:
+    """It holds the first frames for ever, whose caches were empty; with the first frame repeated they were not."""
+    model = nn.Sequential(Blocks(), nn.AdaptiveAvgPool3d(1), nn.Flatten()).double().eval()
+    for fill, error in (("zeros", 1.0), ("replicate", 1e-9)):
+        stream = cut(model, pool="cumulative", fill=fill)
+        row = next(row for row in dissect.verify(stream, model, runtime=False).check().rows if "d3d" in row.pair)
+        assert row.error is not None
+        assert row.error < error
+        assert "remembers every frame" in row.note
+
+
 @pytest.mark.parametrize("skip", SKIPS)
 def test_an_override_is_the_option_for_one_layer(skip: str) -> None:
     model = Blocks()
