@@ -73,7 +73,6 @@ def narrow(depth: int, head: str, **settings: Any) -> dissect.Stream:
 QUICK = [
     *((18, head) for head in ("fc, 3 layers", "lstm", "gru, 3 layers", "average", "plain", "embedding")),
     (50, "lstm"),
-    (101, "fc"),
 ]
 REST = [(depth, head) for depth in (18, 34, 50, 101) for head in EVERY if (depth, head) not in QUICK]
 
