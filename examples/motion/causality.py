@@ -20,6 +20,7 @@ import dissect
 from dissect import heads
 
 FEATURES, HIDDEN, LONG, TENTHS = 64, 128, 80, 10
+LOOKING_BACK = "fc", "lstm"  # the paper's Figure 7 has these two
 ERASED = (0, 20, 40, 60, 70, 80, 90, 95)  # percent of the video, from its middle outwards
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "fc": lambda: heads.FC(FEATURES, len(LABELS), frames=WINDOW),
@@ -124,7 +125,7 @@ def analysed(weights: dict[str, Tensor], scale: Scale, seed: int) -> dict[str, A
     # What a stream makes of the frames around the noise depends on the noise: so it sees the erased video itself.
     sequences = {percent: vectors(stream, erased(videos, percent, random)) for percent in ERASED}
     found: dict[str, Any] = {"erased": list(ERASED)}
-    for kind in KINDS:
+    for kind in LOOKING_BACK:
         head = taught(kind, *learn, noise, scale, seed)
         with torch.no_grad():
             whole = every(head, kind, sequences[0]).softmax(2)

@@ -109,11 +109,11 @@ def reconstructed(lab: Lab, **options: Any) -> dict[str, float]:
 
 
 def distilled(name: str, **options: Any) -> Callable[[Lab], dict[str, float]]:
-    """A stage: taught by the clip network on unlabelled clips."""
+    """A stage: reconstructed, and then taught by the clip network on unlabelled clips."""
 
     def stage(lab: Lab) -> dict[str, float]:
         model, scale = lab.model(), lab.scale
-        stream = lab.cut(model, **options)
+        stream = dissect.reconstruct(lab.cut(model, **options), model, lab.unlabelled(), progress=False)
         clips = Videos(scale.distil_steps * scale.distil_batch, scale.distil_frames, seed=200 + lab.seed)
         dissect.distil(
             stream,
@@ -122,7 +122,7 @@ def distilled(name: str, **options: Any) -> Callable[[Lab], dict[str, float]]:
             steps=scale.distil_steps,
             batch=scale.distil_batch,
             lr=3e-3,
-            windows=3,
+            windows=scale.distil_windows,
             seed=lab.seed,
             checkpoint=lab.file(name, "checkpoint"),
             progress=False,
@@ -197,6 +197,7 @@ STAGES: dict[str, Callable[[Lab], Any]] = {
     "scratch": scratch,
     "causal": lambda lab: folded(lab, preset="causal"),
     "causal-recalibrated": lambda lab: recalibrated(lab, preset="causal"),
+    "causal-distilled": distilled("causal-distilled", preset="causal"),
     "fine-tuned": fine_tuned,
     "exact": exact,
     "heads": with_heads,
@@ -205,7 +206,7 @@ STAGES: dict[str, Callable[[Lab], Any]] = {
         lab.model(), lambda **options: lab.learnt("distilled", **options), lab.scale, lab.seed
     ),
     "cuts": lambda lab: dynamics.cuts(lab.learnt("distilled"), *lab.judged()),
-    "costs": lambda lab: costs.measured(),
+    "costs": lambda lab: costs.measured(few=lab.scale is QUICK),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from causality import LOOKING_BACK
 from training import FRAMES, WINDOW, mean_and_spread
 
 ROWS = (  # name in the table, stage, part of its result, costs
@@ -72,8 +73,10 @@ def accuracies(folder: Path) -> str:
 def by_tenths(folder: Path) -> str:
     """The first half of Figure 7."""
     found = results(folder, "causality")
-    kinds = [kind for kind in ("fc", "gru", "lstm") if found]
-    rows = [[kind, *(spread([one[kind]["tenths"][at] for one in found], 0) for at in range(10))] for kind in kinds]
+    rows = [
+        [kind, *(spread([one[kind]["tenths"][at] for one in found], 0) for at in range(10))]
+        for kind in (LOOKING_BACK if found else ())
+    ]
     return table(("head", *(f"{at + 1}." for at in range(10))), rows)
 
 
@@ -84,7 +87,7 @@ def by_erasure(folder: Path) -> str:
         return ""
     rows = [
         [kind, *(spread([one[kind]["erased"][at] for one in found], 0) for at in range(len(found[0]["erased"])))]
-        for kind in ("fc", "gru", "lstm")
+        for kind in LOOKING_BACK
     ]
     return table(("head", *(f"{percent}%" for percent in found[0]["erased"])), rows)
 
@@ -134,7 +137,7 @@ def drawn(folder: Path) -> list[Path]:
     found = results(folder, "causality")
     if found:
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        for kind in ("fc", "gru", "lstm"):
+        for kind in LOOKING_BACK:
             for axis, key in ((left, "tenths"), (right, "erased")):
                 columns = list(zip(*(one[kind][key] for one in found), strict=True))
                 middles = [mean_and_spread(list(column)) for column in columns]

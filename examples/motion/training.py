@@ -30,21 +30,22 @@ class Scale:
 
     steps: int = 1600
     batch: int = 32
-    distil_steps: int = 1200
+    distil_steps: int = 800
     distil_batch: int = 16
     distil_frames: int = 24
+    distil_windows: int = 2
     clips: int = 192  # for recalibrate and reconstruct
     clip_frames: int = 32
     videos: int = 720
-    head_videos: int = 3000
-    head_epochs: int = 40
-    long_videos: int = 1600
+    head_videos: int = 2400
+    head_epochs: int = 32
+    long_videos: int = 1400
     streams: int = 200
     tune_videos: int = 800
     tune_epochs: int = 24
 
 
-QUICK = Scale(12, 8, 6, 4, 24, 6, 24, 36, 36, 2, 24, 6, 12, 2)
+QUICK = Scale(12, 8, 6, 4, 24, 2, 6, 24, 36, 36, 2, 24, 6, 12, 2)
 
 
 def conventional(seed: int | None = None) -> nn.Module:
