@@ -121,7 +121,7 @@ def analysed(weights: dict[str, Tensor], scale: Scale, seed: int) -> dict[str, A
     learn = seen(stream, Videos(scale.long_videos, LONG, seed=400 + seed))
     random = torch.Generator().manual_seed(seed)
     noise = vectors(stream, torch.randn(4, 1, 60, *CLIP.shape[3:], generator=random))[:, WINDOW:].flatten(0, 1)
-    videos, labels = Videos(scale.videos // 2, LONG, validation=True, seed=seed).stacked()
+    videos, labels = Videos(scale.videos // 3, LONG, validation=True, seed=seed).stacked()
     # What a stream makes of the frames around the noise depends on the noise: so it sees the erased video itself.
     sequences = {percent: vectors(stream, erased(videos, percent, random)) for percent in ERASED}
     found: dict[str, Any] = {"erased": list(ERASED)}

@@ -105,6 +105,8 @@ def reconstructed(lab: Lab, **options: Any) -> dict[str, float]:
     """With weights by least squares from unlabelled clips."""
     model = lab.model()
     stream = dissect.reconstruct(lab.cut(model, **options), model, lab.unlabelled(), progress=False)
+    if not options:
+        lab.keep("reconstructed", stream.clip)
     return lab.scored(stream)
 
 
@@ -113,7 +115,11 @@ def distilled(name: str, **options: Any) -> Callable[[Lab], dict[str, float]]:
 
     def stage(lab: Lab) -> dict[str, float]:
         model, scale = lab.model(), lab.scale
-        stream = dissect.reconstruct(lab.cut(model, **options), model, lab.unlabelled(), progress=False)
+        if options:
+            stream = dissect.reconstruct(lab.cut(model, **options), model, lab.unlabelled(), progress=False)
+        else:
+            done(lab, "reconstructed")
+            stream = lab.learnt("reconstructed")
         clips = Videos(scale.distil_steps * scale.distil_batch, scale.distil_frames, seed=200 + lab.seed)
         dissect.distil(
             stream,

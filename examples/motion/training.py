@@ -37,10 +37,10 @@ class Scale:
     clips: int = 192  # for recalibrate and reconstruct
     clip_frames: int = 32
     videos: int = 720
-    head_videos: int = 2400
+    head_videos: int = 1600
     head_epochs: int = 32
-    long_videos: int = 1400
-    streams: int = 200
+    long_videos: int = 1000
+    streams: int = 150
     tune_videos: int = 800
     tune_epochs: int = 24
 
