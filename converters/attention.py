@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dissect.converters.einsum import contract, framed, resolve, time_of
@@ -97,8 +97,13 @@ def weights(ctx: Context, x: Value, dim: int, target: Callable[..., Any]) -> Val
         x = masked(ctx, x, float("-inf"), dim)
     at = x.axes.kept(dim)
     assert at is not None
-    done = known(Axes((x.axes[dim],)), zero=target is torch.softmax, weights=True)[0]
-    return ctx.call(target, (x, at + 1), known(x.axes).replace(dim, done), x.clock.plain(), x.dtype)
+    log = target is torch.log_softmax
+    done = known(Axes((x.axes[dim],)), zero=not log, weights=True)[0]
+    y = ctx.call(target, (x, at + 1), known(x.axes).replace(dim, done), x.clock.plain(), x.dtype)
+    if not log or "K" not in x.axes[dim].kinds:
+        return y
+    y = masked(ctx, y, 0.0, dim)  # minus infinity where there is no position, which times a weight of 0 is no number
+    return replace(y, axes=y.axes.replace(dim, known(Axes((y.axes[dim],)), zero=True, weights=True)[0]))
 
 
 @converter(aten.scaled_dot_product_attention.default)
@@ -130,8 +135,21 @@ def attention(
         mask = ctx.constant(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), "causal")
     if mask is not None:
         scores = blocked(ctx, scores, mask)
-    attended = weights(ctx, scores, len(scores.axes) - 1, torch.softmax)
-    return contract(ctx, [attended, v], [[*batch, "i", "k"], [*batch, "k", "j"]], [*batch, "i", "j"], as_matmul)
+    shares = weights(ctx, scores, len(scores.axes) - 1, torch.softmax)
+    return contract(ctx, [shares, v], [[*batch, "i", "k"], [*batch, "k", "j"]], [*batch, "i", "j"], as_matmul)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Attention with any number of dimensions between rows and tokens: runtimes have it for exactly one, the heads."""
+    if q.dim() == 4:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    shape = (*q.shape[:-1], v.shape[-1])
+    if attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = attn_mask.expand(*q.shape[:-2], *attn_mask.shape[-2:]).reshape(
+            q.shape[0], -1, *attn_mask.shape[-2:]
+        )
+    q, k, v = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, **options).reshape(shape)
 
 
 def as_keys(
@@ -194,7 +212,7 @@ def inside(
         extra["attn_mask"] = framed(ctx, mask, labels, resolved)
     if gqa:
         extra["enable_gqa"] = True
-    return ctx.call(F.scaled_dot_product_attention, tuple(nodes), axes, clock.plain(), values[0].dtype, **extra)
+    return ctx.call(attended, tuple(nodes), axes, clock.plain(), values[0].dtype, **extra)
 
 
 @windowed(

@@ -35,14 +35,16 @@ def loop(ctx: Context, inputs: Sequence[Value], first: Sequence[Value], shared: 
     for value in aligned:
         ctx.mixes(value)
     ready = iter(aligned)
+    args: Any = ctx.node.args
     known = {
         name: next(ready) if not value.constant else value
-        for name, value in zip(ctx.node.args[0] + ctx.node.args[2], (*inputs, *shared), strict=True)
-    }  # type: ignore[operator]
+        for name, value in zip(args[0] + args[2], (*inputs, *shared), strict=True)
+    }
     inner = Context(ctx.captured, ctx.options)
     inner.rows, inner.frames, inner.branches = ctx.rows, ctx.frames, ctx.branches
     values: dict[fx.Node, Any] = {}
-    rows, held = [], []
+    rows: list[tuple[fx.Node, Value]] = []
+    held: list[tuple[fx.Node, Value]] = []
     carried = [axes_of(value, ctx.captured.batch) for value in first]
     places = [node for node in body.nodes if node.op == "placeholder"]
     timing = clock.plain().but(running=True, endless=True)

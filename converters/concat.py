@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,27 +16,29 @@ from dissect.converters.time_axis import cat_time
 from dissect.ledger import Axis
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
+from dissect.windows import window
 
 aten = torch.ops.aten
 
 
-def beside(value: Tensor, like: Tensor) -> Tensor:
-    """A constant with as many rows as ``like``."""
-    return value.expand(like.shape[0], *value.shape[1:])
+def beside(value: Tensor, like: Tensor, frame: Sequence[int]) -> Tensor:
+    """A constant as a frame tensor with as many rows as ``like``."""
+    return value.expand(like.shape[0], *frame)
 
 
 @converter(aten.cat.default)
 def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     values = [value for value in values if value.shape != (0,)]
+    if len(values) == 1:
+        return values[0]
     rank = len(values[0].shape)
     dim %= rank
     moving = [value for value in values if not value.constant]
     if any(value.axes[dim].is_time for value in moving):
         return cat_time(ctx, values, dim)
-    if any("T" in value.axes[dim].kinds for value in moving):
-        raise Refused("a concatenation along an axis that merges time with others")
     if any("N" in value.axes[dim].kinds for value in moving):
-        raise Refused("a concatenation along the batch")
+        raise Refused("a concatenation along the batch", "keep the batch in a dimension of its own")
+    values = [side_by_side(ctx, value, dim) for value in values]
     values, timing = ctx.align(values)
     like = next(value for value in values if not value.constant)
     base = ledger.broadcast([value.axes.replace(dim, Axis()) for value in values if not value.constant])
@@ -63,12 +66,21 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     parts = []
     for value in values:
         if value.constant:
-            value = ctx.conform(value, base.replace(dim, ledger.plain_axis(value.shape[dim])))
-            value = Value(ctx.graph.call_function(beside, (value.node, like.node)), value.axes, None, value.dtype)
+            own = base.replace(dim, ledger.plain_axis(value.shape[dim]))
+            node = ctx.graph.call_function(beside, (ctx.conform(value, own).node, like.node, own.frame))
+            value = Value(node, value.axes, None, value.dtype)
         parts.append(value.node)
     nonneg = all(value.clock.nonneg for value in whole) and len(whole) == len(values)
     fill = 0.0 if len(whole) == len(values) and all(value.clock.fill == 0.0 for value in whole) else None
     return ctx.call(torch.cat, (parts, at + 1), axes, timing.but(nonneg=nonneg, fill=fill), ctx.node.meta["val"].dtype)
+
+
+def side_by_side(ctx: Context, value: Value, dim: int) -> Value:
+    """A tensor whose positions stand beside one another among its features, as a window of them."""
+    if value.constant or "T" not in value.axes[dim].kinds:
+        return value
+    held = window(ctx, value, "positions side by side")
+    return replace(held, axes=held.axes.replace(dim, ledger.plain_axis(held.axes[dim].size)))
 
 
 @converter(aten.stack.default)

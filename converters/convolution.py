@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dissect.converters.crowded import crowded, grouped, lifted, rowwise
 from dissect.converters.stacked import stacked_conv
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.primitives import WindowReduce
@@ -96,6 +97,7 @@ def convolve(
     padding: list[tuple[int, int]],
     dilation: list[int],
     groups: int,
+    out: Sequence[int] = (),
 ) -> Value:
     """A convolution whose input may carry time in one of its kernel's dimensions, merged with the batch, or not at all."""
     dims = len(weight.shape) - 2
@@ -103,14 +105,17 @@ def convolve(
         raise Refused(
             "a convolution of an input without a batch dimension", "give the network clips with a batch dimension"
         )
+    if not weight.constant or (bias is not None and not bias.constant):
+        raise Refused(
+            "a convolution whose kernel is computed from the clip", "write it as a sum of weighted and shifted frames"
+        )
     stacked = "T" in x.axes[1].kinds
     for dim, axis in enumerate(x.axes.dims):
         if dim != 0 and not axis.plain and not (dim == 1 and stacked) and not (dim > 1 and axis.is_time):
-            raise Refused(
-                f"a convolution over an axis that merges {axis.kinds.replace('S', 'space ').replace('T', 'time ')}".rstrip()
-            )
-    if not weight.constant or (bias is not None and not bias.constant):
-        raise Refused("a convolution whose kernel is computed from the clip")
+            names = dict.fromkeys({"N": "the batch", "T": "time"}.get(kind, "space") for kind in axis.kinds)
+            raise Refused(f"a convolution over an axis that merges {' and '.join(names)}")
+    if crowded(x) and not stacked:
+        return convolve_crowd(ctx, x, weight, bias, stride, padding, dilation, groups)
     time = next((dim - 2 for dim in range(2, dims + 2) if x.axes[dim].is_time), None)
     space = [dim for dim in range(dims) if dim != time]
     if not x.clock.first or time is None or padding[time] != (0, 0) or weight.shape[2 + time] == 1:
@@ -126,7 +131,7 @@ def convolve(
     }
     if stacked:
         return stacked_conv(ctx, x, weight, bias, settings)
-    axes = x.axes.replace(1, type(x.axes[1])()).sized((x.shape[0], *ctx.out_shape[1:]))
+    axes = x.axes.replace(1, type(x.axes[1])()).sized((x.shape[0], *(out or ctx.out_shape[1:])))
     if time is None:
         return build(ctx, FrameConv, x, x, weight, bias, axes, x.clock.plain(), settings)
     kernel, step, spacing, pads = weight.shape[2 + time], stride[time], dilation[time], padding[time]
@@ -158,6 +163,8 @@ def convolve(
     if not ctx.exact:
         timing = strided(ctx, clock.plain(), step).but(length=length, old=clock.old + ages[0])
         whole = taps == kernel and causal and step == 1
+        if left >= reach and right > 0 and step == 1:  # all taps lie in the past: a crop of the rest makes it causal
+            timing = timing.but(spare=(right, len(ctx.rows) if taps == kernel else -1))
         decision = f"{taps} of {kernel} taps" if taps < kernel else f"{taps} taps, past only"
         ctx.row(
             f"the sum of {taps} frames, 1 of {kernel} taps" if added else decision,
@@ -191,10 +198,41 @@ def convolve(
     return build(ctx, TemporalConv, x, known, weight, bias, axes, timing, {**settings, "ages": ages}, fold)
 
 
+def convolve_crowd(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: list[int],
+    padding: list[tuple[int, int]],
+    dilation: list[int],
+    groups: int,
+) -> Value:
+    """A convolution of rows that carry more than the batch."""
+    dims = len(weight.shape) - 2
+    time = next((dim for dim in range(dims) if x.axes[dim + 2].is_time), None)
+    if time is None or (weight.shape[2 + time] == 1 and padding[time] == (0, 0)):
+        return rowwise(ctx, x, lambda y: convolve(ctx, y, weight, bias, stride, padding, dilation, groups))
+    out, count = ctx.out_shape[1:], x.axes[0].space
+    if dims < 3:
+
+        def over(y: Value, taps: Value) -> Value:
+            shape = (out[0], count, *out[1:])
+            return convolve(ctx, y, taps, bias, [1, *stride], [(0, 0), *padding], [1, *dilation], groups, shape)
+
+        return lifted(ctx, x, weight, over)
+
+    def beside(y: Value, taps: Value, shared: Value | None) -> Value:
+        shape = (count * out[0], *out[1:])
+        return convolve(ctx, y, taps, shared, stride, padding, dilation, groups * count, shape)
+
+    return grouped(ctx, x, weight, bias, beside)
+
+
 def strided(ctx: Context, timing: Any, step: int) -> Any:
     """The timing after a temporal stride: kept as spacing, or, in ``d3d``, removed for good."""
     spacing = 1 if ctx.preset == "d3d" else timing.stride * step
-    return timing.but(stride=spacing, removed=timing.removed * step)
+    return timing.but(stride=spacing, removed=timing.removed * step, spare=(0, -1))
 
 
 def _why(taps: int, kernel: int, step: int, causal: bool) -> str:
@@ -238,7 +276,7 @@ def build(
     def module(weight: torch.Tensor | None, bias: torch.Tensor | None) -> FrameConv:
         if weight is not None and fold is not None:
             weight = folded(weight, settings["time"], fold, frames)
-        return kind(weight, bias, **settings)  # type: ignore[no-any-return]
+        return kind(weight, bias, **settings)
 
     layer = ctx.layer(module, {"weight": weight, "bias": bias})
     if layer is not None:

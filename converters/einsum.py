@@ -72,8 +72,9 @@ def contract(
 ) -> Value:
     """The sum over all labels that ``out`` does not name of the product of ``values``.
 
-    Time under one label is a frame each; summed over, a window of sums. Under two labels, one is that of the keys: it becomes
-    a window (``key`` says which, or what follows does), and the newest frame alone asks; where the plan wants them all (``ctx.whole``), both become windows.
+    Time under one label is a frame each; summed over, a window of sums. Under two labels, one is that of the keys: it
+    becomes a window (``key`` says which, or what follows does), and the newest frame alone asks; where the plan wants
+    them all (``ctx.whole``), both become windows.
     """
     if any(
         "N" in axis.kinds
@@ -104,8 +105,6 @@ def contract(
     if len(timed) == 2 and not keys:
         keys = set(timed) if ctx.node.name in ctx.whole else {key if key in timed else key_of(ctx.node, timed, out)}
         ctx.matrices[ctx.node.name] = frozenset({len(ctx.rows)})
-    elif len(timed) == 1 and not keys and timed[0] in out and wanted(ctx, values):
-        keys = set(timed)
     first = not present
     done = []
     for value, names in zip(values, labels, strict=True):
@@ -149,14 +148,6 @@ def contract(
 def told(axis: Axis, weights: bool) -> Axis:
     """The axis of a result: the weights of positions, if it is one, are still that."""
     return Axes((axis,)).windowed(lambda held: replace(held, zero=False, weights=weights or held.weights))[0]
-
-
-def wanted(ctx: Context, values: Sequence[Value]) -> bool:
-    """Whether frames that meet what was made of a whole window are to be a window too."""
-    rows = frozenset().union(*(value.clock.newest for value in values if not value.constant and value.time is None))
-    if rows:
-        ctx.matrices[ctx.node.name] = rows
-    return bool(rows) and ctx.node.name in ctx.whole
 
 
 def time_of(value: Value, names: Labels) -> Hashable | None:
@@ -221,7 +212,7 @@ def zeroed(ctx: Context, values: Sequence[Value], labels: Sequence[Labels], labe
 
 def divided(ctx: Context, values: Sequence[Value], labels: Sequence[Labels], label: Hashable) -> list[Any]:
     """Where weights were divided by the number of keys of a whole clip, the window to divide by as many as there are."""
-    nodes = [arg for arg in fx.node.map_aggregate(list(ctx.node.all_input_nodes), lambda node: node)]
+    nodes = list(fx.node.map_aggregate(list(ctx.node.all_input_nodes), lambda node: node))
     for node in nodes:
         number = divisor(node)
         if number is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,12 +67,12 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
         return slice_time(ctx, x, dim, chosen[0], chosen[0] + 1, 1)
     step = chosen[start + 1] - chosen[start] if stop - start > 1 else 0
     before, behind = chosen[:start], chosen[stop:]
-    if step > 0 and max(len(before), len(behind)) < (stop - start if step == 1 else 1):
+    if step > 0 and len(before) + len(behind) < (stop - start if step == 1 else 1):
         main = slice_time(ctx, x, dim, chosen[start], chosen[stop - 1] + 1, step)
         if not before and not behind:
             return main
         return assembled(ctx, main, [Part(x, at) for at in before], [Part(x, size - at, True) for at in behind], dim)
-    gaps = [after - at for at, after in zip(chosen, chosen[1:], strict=False)]
+    gaps = [after - at for at, after in itertools.pairwise(chosen)]
     if not gaps or min(gaps) < 1:
         raise Refused(
             "frames in another order than that of the clip", "choose frames in the clip's order, evenly spaced"
@@ -165,10 +166,8 @@ def repeat(ctx: Context, x: Value, repeats: Sequence[int]) -> Value:
     y = ctx.reframe(x, axes)
     wide, inner = [], []
     for axis, count in zip(axes.dims, repeats, strict=True):
-        if (
-            count == 1
-            or (axis.plain
-            and not (axis.size == 1 and axes.time is None and count == clock.length(ctx.frames) > 1))
+        if count == 1 or (
+            axis.plain and not (axis.size == 1 and axes.time is None and count == clock.length(ctx.frames) > 1)
         ):
             wide.append(axis if count == 1 else plain_axis(axis.size * count))
             inner += [] if axis.dropped else [count]

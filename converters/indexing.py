@@ -56,6 +56,12 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
         at = x.axes.kept(dim)
         assert at is not None
         return ctx.call(torch.select, (x, at + 1, index), out, x.clock, x.dtype)
+    if axis.kinds == "N" and size == 1 and dim + 1 < len(x.axes):
+        return Value(x.node, ledger.without(x.axes, dim), x.timing, x.dtype)
+    if "N" in axis.kinds and "T" not in axis.kinds:
+        raise Refused(
+            "one row of the batch, where each row is a stream of its own", "treat all rows alike, and give it one clip"
+        )
     if not axis.is_time:
         raise Refused("a selection from an axis that merges batch or time with others")
     x = ctx.settled(x)
@@ -106,7 +112,10 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
             nonneg=x.clock.nonneg and value >= 0,
         )
         inner = x.axes.sized([size if dim != time else x.shape[dim] for dim, size in enumerate(sizes)])
-        y = ctx.call(F.pad, (x, flat, mode) if mode != "constant" else (x, flat, mode, value), inner, still, x.dtype)
+        if mode == "constant":
+            y = ctx.call(F.pad, (x, flat, mode, value), inner, still, x.dtype)
+        else:
+            y = ctx.call(mirrored, (x, flat, mode), inner, still, x.dtype)
     if time is None:
         return y
     if y.clock.still or y.clock.first:
@@ -142,6 +151,13 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
         y = ctx.gate(y)
     timing = y.clock.but(delay=y.clock.delay - left * clock.stride, length=length, nonneg=clock.nonneg and value >= 0)
     return Value(y.node, out, timing, x.dtype)
+
+
+def mirrored(x: torch.Tensor, widths: list[int], mode: str) -> torch.Tensor:
+    """A padding by the frame's own values, of a frame tensor with any number of dimensions before the padded ones."""
+    lead = x.dim() - len(widths) // 2
+    y = F.pad(x.flatten(0, lead - 1).unsqueeze(1) if lead != 2 else x, widths, mode)
+    return y if lead == 2 else y.reshape(*x.shape[:lead], *y.shape[2:])
 
 
 aten_pad = aten.constant_pad_nd.default

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect.ledger import plain_axis
+from dissect.ledger import Axes, plain_axis
 from dissect.primitives import Primitive, tap
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
@@ -42,17 +42,29 @@ def linear(ctx: Context, x: Value, weight: Value, bias: Value | None = None) -> 
 
 
 class WindowLinear(Primitive):
-    """A linear layer over the features of a window of positions, flattened as the original flattens them."""
+    """A linear layer over the features of a window of positions, flattened as the original flattens them.
+
+    ``beside`` are the dimensions of a frame that it leaves alone.
+    """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, *, ages: list[int], before: int, after: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        ages: list[int],
+        before: int,
+        after: int,
+        beside: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.ages = tuple(ages)
-        self.before, self.after = before, after
+        self.before, self.after, self.beside = before, after, beside
 
     def forward(
         self, known: Any, weight: Tensor | None = None, bias: Tensor | None = None, frames: int | None = None
@@ -61,14 +73,14 @@ class WindowLinear(Primitive):
             weight, bias = self.weight, self.bias
         assert weight is not None
         values = [tap(known, age, frames).reshape(-1, self.before, 1, self.after) for age in self.ages]
-        return F.linear(torch.cat(values, 2).flatten(1), weight, bias)
+        return F.linear(torch.cat(values, 2).flatten(1), weight, bias).reshape(-1, *self.beside, weight.shape[0])
 
 
 def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out: Any) -> Value:
     """A linear layer over flattened time: a window of all its positions."""
     last = x.axes[len(x.axes) - 1]
-    if any(not axis.dropped or "T" in axis.kinds for axis in x.axes.dims[:-1]) or "N" in last.kinds:
-        raise Refused("a linear layer over flattened time beside other axes")
+    if "N" in last.kinds:
+        raise Refused("a linear layer over the batch")
     at = last.kinds.index("T")
     before = after = 1
     for index, factor in enumerate(last.factors):
@@ -84,7 +96,7 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
         stride = clock.removed  # a fixed linear layer keeps its clip: the same positions, the same frames apart
     ages = [index * stride for index in reversed(range(positions))]
     exact = ctx.exact
-    timing = clock.plain().but(old=clock.old + ages[0])
+    timing = clock.plain().but(old=clock.old + ages[0], pooled=frozenset({len(ctx.rows)}))
     if exact:
         timing = timing.but(delay=clock.delay + ages[0], length=clock.length.then(-positions))
     ctx.row(
@@ -95,7 +107,8 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
         stride=stride,
     )
     known = ctx.history(ctx.filled(x), ages[0])
-    settings: dict[str, Any] = {"ages": ages, "before": before, "after": after}
+    beside = Axes(x.axes.dims[:-1]).frame
+    settings: dict[str, Any] = {"ages": ages, "before": before, "after": after, "beside": beside}
     layer = ctx.layer(lambda weight, bias: WindowLinear(weight, bias, **settings), {"weight": weight, "bias": bias})
     if layer is not None:
         return ctx.module(*layer, (known,), out, timing, x.dtype)

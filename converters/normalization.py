@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect.converters.crowded import crowded, grouped, rowwise
 from dissect.converters.statistics import moments
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
@@ -65,6 +66,9 @@ def batch_norm_running(
 ) -> tuple[Value, None, None]:
     if not x.axes[1].plain:
         raise Refused("a batch norm over an axis that merges time with channels")
+    if crowded(x):
+        factors = (weight, bias, mean, var)
+        return rowwise(ctx, x, lambda y: batch_norm_running(ctx, y, *factors, momentum, eps)[0]), None, None
 
     def kind(**tensors: Tensor | None) -> nn.Module:
         return BatchNorm(**tensors, momentum=momentum, eps=eps)  # type: ignore[arg-type]
@@ -79,7 +83,7 @@ def batch_norm_running(
         path, module = layer
         counter = ctx.captured.state.get(f"{path}.num_batches_tracked")
         if counter is not None:
-            module.num_batches_tracked.copy_(counter)  # type: ignore[union-attr,operator]
+            module.get_buffer("num_batches_tracked").copy_(counter)
         return ctx.module(path, module, (x,), x.axes, timing, x.dtype), None, None
     y = ctx.call(F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps), x.axes, timing, x.dtype)
     return y, None, None
@@ -129,6 +133,9 @@ def group_norm(
     cudnn: bool = True,
 ) -> Value:
     own_channels(x, "group")
+    if crowded(x):
+        more = groups * x.axes[0].space
+        return grouped(ctx, x, weight, bias, lambda y, w, b: group_norm(ctx, y, more, w, b, eps))
     if any("T" in axis.kinds for axis in x.axes.dims[2:]):
         return normalise(ctx, x, (groups, -1), [2], groups, eps, *channelwise(ctx, x, weight, bias))
     x = ctx.settled(x)
@@ -158,7 +165,14 @@ def instance_norm(
     cudnn: bool = True,
 ) -> Value:
     own_channels(x, "instance")
+    if crowded(x) and use_input_stats:
+        settings = (None, None, True, momentum, eps)
+        return grouped(ctx, x, weight, bias, lambda y, w, b: instance_norm(ctx, y, w, b, *settings))
     if not use_input_stats:
+        if crowded(x):
+            return rowwise(
+                ctx, x, lambda y: instance_norm(ctx, y, weight, bias, mean, var, use_input_stats, momentum, eps)
+            )
         x = ctx.settled(x)
         return ctx.call(
             F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps), x.axes, x.clock.plain(), x.dtype
@@ -176,7 +190,7 @@ def batch_norm_without_statistics(
     ctx: Context, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float, eps: float
 ) -> tuple[Value, None, None]:
     """By the statistics of the batch, which is one clip in a stream: each row is a batch of its own."""
-    own_channels(x, "batch")
+    own_channels(x, "batch", crowd=False)
     if all(axis.plain for axis in x.axes.dims[2:]) and x.time is None and prod(x.axes.frame) == x.shape[1]:
         raise Refused(
             "a batch norm without running statistics that normalises by the rows of the batch alone",
@@ -195,8 +209,8 @@ def rms_norm(
     return ctx.call(F.rms_norm, (x, list(shape), weight, eps), x.axes, x.clock.plain(), x.dtype)
 
 
-def own_channels(x: Value, name: str) -> None:
-    if not x.axes[1].plain or x.axes[0].space > 1:
+def own_channels(x: Value, name: str, crowd: bool = True) -> None:
+    if not x.axes[1].plain or (crowded(x) and not crowd):
         raise Refused(
             f"a{'n' * (name[0] in 'aeiou')} {name} norm over an axis that merges channels with others",
             "give it channels of their own",

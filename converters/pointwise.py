@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from dissect.ledger import plain
+from dissect.meeting import by_position
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Value
 
 aten = torch.ops.aten
 
 #: zero stays zero, and a value that is never negative stays so
-_KEEPS_ZERO = (
+KEEPS_ZERO = (
     aten.relu.default,
     aten.relu6.default,
     aten.leaky_relu.default,
@@ -44,7 +45,7 @@ _WILD = (
 )
 _QUOTIENTS = (aten.div, aten.remainder, aten.fmod)
 _NONNEG_ALWAYS = (*_NONNEG, aten.sigmoid.default, aten.exp.default, aten.hardsigmoid.default, aten.softplus.default)
-_OTHER = (
+OTHER = (
     aten.sigmoid.default,
     aten.hardsigmoid.default,
     aten.softplus.default,
@@ -112,21 +113,22 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
     values = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
     axes = values[0].axes
     if len(values) > 1:
-        values, timing = ctx.align(values)
+        values, timing = ctx.align(by_position(ctx, values))
         values, axes = ctx.broadcast(values)
     else:
         timing = values[0].clock
-        if timing.delay < 0 and target not in _KEEPS_ZERO:
+        if timing.delay < 0 and target not in KEEPS_ZERO:
             values = [ctx.settled(values[0])]
             timing = values[0].clock
-    zero = target in _KEEPS_ZERO and timing.fill == 0.0
-    nonneg = target in _NONNEG_ALWAYS or (target in _KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
+    zero = target in KEEPS_ZERO and timing.fill == 0.0
+    nonneg = target in _NONNEG_ALWAYS or (target in KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
     if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
         nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(
             not value.constant for value in values
         )
     timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
-    if target in _WILD or (target.overloadpacket in _QUOTIENTS and isinstance(args[1], Value) and not args[1].constant):
+    quotient = getattr(target, "overloadpacket", None) in _QUOTIENTS
+    if target in _WILD or (quotient and isinstance(args[1], Value) and not args[1].constant):
         timing = timing.but(wild=True)
     operands = iter(values)
     args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
@@ -141,7 +143,7 @@ def _register(target: Any) -> None:
         return pointwise(ctx, target, args, kwargs)
 
 
-for _target in dict.fromkeys((*_KEEPS_ZERO, *_OTHER)):
+for _target in dict.fromkeys((*KEEPS_ZERO, *OTHER)):
     _register(_target)
     patient(_target)
 
@@ -224,4 +226,5 @@ patient(
     aten.lift_fresh_copy.default,
     aten.detach_.default,
     aten.to.dtype,
+    aten.copy.default,
 )

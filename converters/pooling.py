@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 from typing import Any
 
 import torch
@@ -216,11 +217,11 @@ def spaced(x: torch.Tensor, name: str, lead: int, options: dict[str, Any]) -> to
     """A spatial pool of a frame tensor with ``lead`` dimensions before its spatial ones."""
     target = getattr(F, name)
     if lead == 1:
-        return target(x, **options)  # type: ignore[no-any-return]
+        return target(x, **options)
     if lead == 0:
-        return target(x.unsqueeze(1), **options).squeeze(1)  # type: ignore[no-any-return]
+        return target(x.unsqueeze(1), **options).squeeze(1)
     y = target(x.flatten(0, lead - 1), **options)
-    return y.reshape(*x.shape[:lead], *y.shape[1:])  # type: ignore[no-any-return]
+    return y.reshape(*x.shape[:lead], *y.shape[1:])
 
 
 @converter(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
@@ -254,6 +255,8 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
     if time is None:
         return y
     positions, wanted = x.shape[channels + time], size[time]
+    if wanted > 1:  # the length of its bins follows that of the clip
+        ctx.grain = lcm(ctx.grain, ctx.frames)
     if wanted == positions and not (wanted == 1 and ctx.preset == "d3d" and y.clock.removed > 1):
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))

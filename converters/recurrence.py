@@ -72,7 +72,7 @@ def recurrence(
     clock = x.clock
     name = str(ctx.node.target).split(".")[1]
     count = KINDS[name].states
-    space = [factor.size for factor in x.axes[rows].factors if factor.inner]
+    space = list(Axes((x.axes[rows],)).frame)  # what is merged with the batch is one dimension of the frame
     start = [started(ctx, value, x.axes[rows], space) for value in first]
     sizes = [value.shape[-1] for value in first]
     carried = [(*space, sizes[index]) for _ in range(levels) for index in range(count)]
@@ -270,7 +270,7 @@ def _cell(name: str) -> Any:
             if values[0].constant
             else values[0]
         )
-        tensors = [weight for weight in weights]
+        tensors = list(weights)
         node = ctx.graph.call_function(KINDS[name].cell, ctx.arg((x, tuple(states), *tensors)))
         timing = timing.plain()
         parts = [

@@ -14,7 +14,7 @@ from dissect.converters.time_axis import chosen
 from dissect.ledger import Axes, Axis
 from dissect.meeting import lateness, one_less
 from dissect.primitives import Query
-from dissect.registry import converter
+from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
@@ -34,6 +34,7 @@ def slice_scatter(
     dim %= len(base.shape)
     size = base.shape[dim]
     first, stop, _ = slice(start, end).indices(size)
+    base, source = ctx.sure(base), placed(ctx, source, dim, size, first, stop, step)
     if (first, stop, step) == (0, size, 1) and not source.constant:
         return source
     axis = (source if base.constant else base).axes[dim]
@@ -50,6 +51,7 @@ def select_scatter(ctx: Context, base: Value, source: Value, dim: int, index: in
     dim %= len(base.shape)
     size = base.shape[dim]
     given, index = index, index % size
+    base, source = ctx.sure(base), ctx.sure(source)
     moving = source if base.constant else base
     if not source.constant:
         source = ctx.reframe(source, Axes((*source.axes.dims[:dim], Axis(), *source.axes.dims[dim:])))
@@ -65,6 +67,15 @@ def select_scatter(ctx: Context, base: Value, source: Value, dim: int, index: in
     if not moving.axes[dim].is_time:
         raise Refused("writing into an axis that merges batch or time with others")
     return one_frame(ctx, base, source, dim, index, size - 1 - index if given < 0 or index == size - 1 else None)
+
+
+def placed(ctx: Context, source: Value, dim: int, size: int, first: int, stop: int, step: int) -> Value:
+    """The source once its positions are certain; for a few of the clip's first frames, the write says which count."""
+    few = step == 1 and stop < size and 2 * (stop - first) < size
+    if source.constant or not few or not source.axes[dim].is_time or source.clock.first or source.clock.still:
+        sure: Value = ctx.sure(source)
+        return sure
+    return replace(source, timing=source.clock.but(wait=0))
 
 
 def beside(ctx: Context, base: Value, source: Value, dim: int, first: int, stop: int, step: int) -> Value:
@@ -218,3 +229,6 @@ def framed(ctx: Context, value: Value, like: Value, dim: int) -> Value:
     if value.axes[dim].is_time:
         return value
     return ctx.reframe(value, value.axes.replace(dim, like.axes[dim]))
+
+
+patient(aten.slice_scatter.default, aten.select_scatter.default)

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from dissect import ledger
+from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
 from dissect.registry import converter, patient
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
+_ELEMENTWISE = {*pointwise.KEEPS_ZERO, *pointwise.OTHER}
+_EXPANDS = (aten.expand.default, aten.expand_copy.default)
 
 
 @converter(
@@ -56,22 +60,40 @@ def squeeze(ctx: Context, x: Value, dims: int | Sequence[int] | None = None) -> 
     rank = len(x.axes)
     chosen = range(rank) if dims is None else [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]
     gone = {dim for dim in chosen if x.axes[dim].size == 1}
-    kept = Axes(tuple(axis for dim, axis in enumerate(x.axes.dims) if dim not in gone))
-    if any("N" in x.axes[dim].kinds for dim in gone):
-        raise Refused("squeezing the batch away", "keep the batch dimension")
-    return ctx.reframe(x, kept)
+    axes = x.axes
+    for dim in sorted(gone, reverse=True):
+        if "N" in axes[dim].kinds and (axes[dim].kinds != "N" or dim + 1 == len(axes)):
+            raise Refused("squeezing the batch away", "keep the batch dimension")
+        axes = ledger.without(axes, dim)
+    return ctx.reframe(x, axes)
 
 
 @converter(aten.unsqueeze.default, aten.unsqueeze_copy.default)
 def unsqueeze(ctx: Context, x: Value, dim: int) -> Value:
     dim %= len(x.axes) + 1
+    if dim < len(x.axes) and ledger.alone(x.axes, dim) and len(x.axes[dim].factors) > 1:  # gives a batch of one its own
+        batch, *rest = x.axes[dim].factors
+        dims = (*x.axes.dims[:dim], Axis((batch,)), Axis(tuple(rest)), *x.axes.dims[dim + 1 :])
+        return ctx.reframe(x, Axes(dims))
     return ctx.reframe(x, Axes((*x.axes.dims[:dim], Axis(), *x.axes.dims[dim:])))
 
 
-@converter(aten.expand.default, aten.expand_copy.default)
+def broadcasts(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an elementwise operator has another operand of that shape, no broadcast itself, which decides the result's."""
+    if user.target not in _ELEMENTWISE:
+        return False
+    shape = node.meta["val"].shape
+    others = [arg for arg in user.all_input_nodes if arg.target not in _EXPANDS]
+    return any(isinstance(arg.meta.get("val"), torch.Tensor) and arg.meta["val"].shape == shape for arg in others)
+
+
+@converter(*_EXPANDS)
 def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) -> Value:
-    """A broadcast: over time it costs nothing, since a frame has no time axis."""
+    """A broadcast: over time it costs nothing, since a frame has no time axis; nor does one that its reader does itself."""
     shape = ctx.out_shape
+    if all(broadcasts(user, ctx.node) for user in ctx.node.users):
+        pad = len(shape) - len(x.axes)
+        return ctx.reframe(x, Axes((*[Axis()] * pad, *x.axes.dims))) if pad else x
     pad = len(shape) - len(x.axes)
     dims = [Axis()] * pad + list(x.axes.dims)
     axes = Axes(tuple(dims))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,9 +17,9 @@ aten = torch.ops.aten
 def pixel_shuffle(ctx: Context, x: Value, factor: int) -> Value:
     if any(not axis.plain for axis in x.axes.dims[-3:]):
         raise Refused("a pixel shuffle between time and space", "shuffle channels into height and width only")
-    target = F.pixel_unshuffle if "unshuffle" in str(ctx.node.target) else F.pixel_shuffle
+    down = ctx.node.target is aten.pixel_unshuffle.default
     axes = Axes((*x.axes.dims[:-3], *map(plain_axis, ctx.out_shape[-3:])))
-    return ctx.call(shuffled, (x, target, len(x.axes.frame) - 3, factor), axes, x.clock, x.dtype)
+    return ctx.call(shuffled, (x, down, len(x.axes.frame) - 3, factor), axes, x.clock, x.dtype)
 
 
 @converter(aten.channel_shuffle.default)
@@ -33,12 +31,11 @@ def channel_shuffle(ctx: Context, x: Value, groups: int) -> Value:
     return ctx.call(interleaved, (x, groups), x.axes, x.clock, x.dtype)
 
 
-def shuffled(x: Tensor, target: Any, lead: int, factor: int) -> Tensor:
-    """A pixel shuffle of a frame tensor with ``lead`` dimensions before its channels."""
-    if lead == 0:
-        return target(x, factor)  # type: ignore[no-any-return]
-    y = target(x.flatten(0, lead), factor)
-    return y.reshape(*x.shape[: lead + 1], *y.shape[1:])  # type: ignore[no-any-return]
+def shuffled(x: Tensor, down: bool, lead: int, factor: int) -> Tensor:
+    """A pixel shuffle, or its inverse, of a frame tensor with ``lead`` dimensions before its channels."""
+    target = F.pixel_unshuffle if down else F.pixel_shuffle
+    y: Tensor = target(x.flatten(0, lead) if lead else x, factor)
+    return y.reshape(*x.shape[: lead + 1], *y.shape[1:]) if lead else y
 
 
 def interleaved(x: Tensor, groups: int) -> Tensor:

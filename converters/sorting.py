@@ -1,18 +1,21 @@
 """Operators that order the values of a dimension, or say where one stands: inside a frame they are what they are.
 
-Over time they would give places in the clip, and a stream has no such places.
+Over time they would give places in the clip, and a stream has no such places; the largest values alone are those of a window.
 """
 
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from dissect.ledger import Axes, plain_axis
 from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
+from dissect.windows import masked, window
 
 aten = torch.ops.aten
 
@@ -57,7 +60,8 @@ def argsort(ctx: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
 def sort(
     ctx: Context, x: Value, *args: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> tuple[Value, Value]:
-    dim, descending = (*args, *(dim, descending)[len(args) :])
+    given: list[Any] = [*args, *(dim, descending)[len(args) :]]
+    dim, descending = given
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.sort, (at, descending), x.axes)
 
@@ -66,19 +70,31 @@ def sort(
 def topk(
     ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
 ) -> tuple[Value, Value]:
+    if x.axes[dim % len(x.axes)].is_time and not asked(ctx.node, 1):
+        x = window(ctx, ctx.sure(x), f"the {k} {'largest' if largest else 'smallest'}")
+        if x.axes.window is not None:
+            x = masked(ctx, x, float("-inf") if largest else float("inf"))
+        x = replace(x, axes=x.axes.replace(dim % len(x.axes), plain_axis(x.shape[dim])))
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k))
 
 
-@converter(aten.median.dim, aten.kthvalue.default, aten.mode.default)
+_RANKED = {aten.median.dim: torch.median, aten.kthvalue.default: torch.kthvalue, aten.mode.default: torch.mode}
+
+
+@converter(*_RANKED)
 def ranked(ctx: Context, x: Value, *args: Any) -> tuple[Value, Value]:
     first = 1 if ctx.node.target is aten.kthvalue.default else 0
-    dim, keepdim = (*args[first:], *(-1, False)[len(args) - first :])
+    given: list[Any] = [*args[first:], *(-1, False)[len(args) - first :]]
+    dim, keepdim = given
     at = inside(ctx, x, dim)
-    target = {aten.median.dim: torch.median, aten.kthvalue.default: torch.kthvalue, aten.mode.default: torch.mode}[
-        ctx.node.target
-    ]
+    target = _RANKED[ctx.node.target]  # type: ignore[index]
     return pair(ctx, x, target, (*args[:first], at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+
+
+def asked(node: fx.Node, index: int) -> bool:
+    """Somebody uses that result of the operator."""
+    return any(user.target is operator.getitem and user.args[1] == index and user.users for user in node.users)
 
 
 def pair(ctx: Context, x: Value, target: Any, args: tuple[Any, ...], axes: Axes) -> tuple[Value, Value]:
@@ -91,7 +107,7 @@ def pair(ctx: Context, x: Value, target: Any, args: tuple[Any, ...], axes: Axes)
 
 def place(ctx: Context, x: Value, dim: int, keepdim: bool, target: Any) -> Value | None:
     """Where a maximum or minimum stands, for the operators that give both; None where nobody asks."""
-    if not any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in ctx.node.users):
+    if not asked(ctx.node, 1):
         return None
     at = inside(ctx, x, dim)
     x = ctx.settled(x)

@@ -120,6 +120,7 @@ def moments(
     wait = ctx.exact and bool(settings.get("wait"))
     exact = ctx.exact and not given and (wait or not back)
     timing = clock.but(pooled=frozenset() if wait else frozenset({len(ctx.rows)}))
+    ctx.waitable.add(len(ctx.rows))
     ctx.row(
         f"statistics of a window of {positions}",
         exact=exact,

@@ -39,15 +39,18 @@ def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: in
         ctx.row("crop of the clip" if first or cropped else "temporal stride removed", exact=True, **facts)
         return Value(x.node, out, timing.certain(ctx.frames), x.dtype)
     spacing = clock.stride if ctx.preset == "causal" else clock.removed
-    before, after = (
-        max(0, timing.owed(ctx.frames, gap))
-        for timing, gap in ((clock, spacing), (clock.but(length=length), spacing * step))
-    )
-    late = after - before - first * spacing
+    before = clock.owed(ctx.frames, spacing)
+    after = clock.but(length=length).owed(ctx.frames, spacing * step)
+    spare = min(cropped, clock.spare[0])
+    if spare and spare == clock.spare[0] and clock.spare[1] >= 0:
+        row = clock.spare[1]
+        ctx.rows[row] = replace(ctx.rows[row], verdict="exact", reason="")
+    late = after - before - (first + spare) * spacing
     back = -(-max(0, late) // spacing) * clock.stride
     decision = f"as it was {back} frame{'s' * (back > 1)} ago" if back else "every frame"
-    ctx.row(decision, exact=False, reason="crop or temporal stride removed", **facts)
-    timing = strided(ctx, clock, step).but(length=length)
+    whole = (first, step) == (0, 1) and spare == cropped
+    ctx.row(decision, exact=whole, reason="" if whole else "crop or temporal stride removed", **facts)
+    timing = strided(ctx, clock, step).but(length=length, spare=(0, -1))
     if first or cropped:
         timing = timing.plain()
     return Value(x.node, out, timing.but(wait=clock.wait + back), x.dtype)

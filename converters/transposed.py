@@ -8,12 +8,14 @@ taps of the other phases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dissect.converters.convolution import spread
+from dissect.converters.crowded import crowded, grouped, lifted, rowwise
 from dissect.converters.upsampling import spaced
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.ledger import Axis
@@ -36,6 +38,7 @@ def conv_transpose(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    out: Sequence[int] = (),
 ) -> Value:
     dims = len(weight.shape) - 2
     if len(x.shape) != dims + 2:
@@ -49,6 +52,8 @@ def conv_transpose(
         if not axis.plain and not (dim > 1 and axis.is_time):
             raise Refused("a transposed convolution over an axis that merges time with others")
     steps, pads, extra, gaps = (spread(setting, dims) for setting in (stride, padding, output_padding, dilation))
+    if crowded(x):
+        return crowd_transpose(ctx, x, weight, bias, steps, pads, extra, groups, gaps)
     time = next((dim - 2 for dim in range(2, dims + 2) if x.axes[dim].is_time), None)
     space = [dim for dim in range(dims) if dim != time]
     settings: dict[str, Any] = {
@@ -60,7 +65,7 @@ def conv_transpose(
         "transposed": True,
         "output_padding": [extra[dim] for dim in space],
     }
-    axes = x.axes.replace(1, Axis()).sized((x.shape[0], *ctx.out_shape[1:]))
+    axes = x.axes.replace(1, Axis()).sized((x.shape[0], *(out or ctx.out_shape[1:])))
     x = ctx.settled(x)
     if time is None or (weight.shape[2 + time], steps[time], pads[time], extra[time]) == (1, 1, 0, 0):
         return build(ctx, x, [0], weight, bias, axes, x.clock.plain(), settings)
@@ -87,6 +92,39 @@ def conv_transpose(
     )
     ctx.row(f"{kernel} tap{'s' * (kernel > 1)}" + (f" by {step} phases" if step > 1 else ""), exact=True, **facts)
     return build(ctx, x, ages, weight, bias, axes, timing, settings)
+
+
+def crowd_transpose(
+    ctx: Context,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    steps: list[int],
+    pads: list[int],
+    extra: list[int],
+    groups: int,
+    gaps: list[int],
+) -> Value:
+    """A transposed convolution of rows that carry more than the batch."""
+    dims = len(steps)
+    if not any(x.axes[dim + 2].is_time for dim in range(dims)):
+        return rowwise(ctx, x, lambda y: conv_transpose(ctx, y, weight, bias, steps, pads, extra, groups, gaps))
+    out, count = ctx.out_shape[1:], x.axes[0].space
+    if dims < 3:
+
+        def over(y: Value, taps: Value) -> Value:
+            shape = (out[0], count, *out[1:])
+            return conv_transpose(ctx, y, taps, bias, [1, *steps], [0, *pads], [0, *extra], groups, [1, *gaps], shape)
+
+        return lifted(ctx, x, weight, over)
+    shape = (count * out[0], *out[1:])
+    return grouped(
+        ctx,
+        x,
+        weight,
+        bias,
+        lambda y, w, b: conv_transpose(ctx, y, w, b, steps, pads, extra, groups * count, gaps, shape),
+    )
 
 
 def folded(

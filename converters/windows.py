@@ -25,7 +25,7 @@ Convert = Callable[..., Any]
 BLOCKED = -1e4  # what is added to a score that must not count, or less
 
 
-@windowed(*pointwise._KEEPS_ZERO, *pointwise._OTHER, aten.prelu.default, aten.copy.default)
+@windowed(*pointwise.KEEPS_ZERO, *pointwise.OTHER, aten.prelu.default, aten.copy.default)
 def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, **kwargs: Any) -> Value:
     """Entry by entry; an operand over time becomes a window where it meets one."""
     target = target or ctx.node.target
@@ -49,8 +49,8 @@ def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, 
     result: Value = convert(ctx, *args, **kwargs)
     zeros = [bool(held_by(value)) and all(held.zero for held in held_by(value)) for value in moving]
     first = isinstance(args[0], Value) and not args[0].constant and zeros[0]
-    zero = first and (target in pointwise._KEEPS_ZERO or target in (aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar))
-    zero = any(zeros) if target is aten.mul.Tensor else zero
+    zero = first and (target in pointwise.KEEPS_ZERO or target in (aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar))
+    zero = any(zeros) and not result.clock.wild if target is aten.mul.Tensor else zero
     timing = result.clock.but(newest=result.clock.newest - whole) if result.time is not None else result.clock
     weights = all(held.weights for value in moving for held in held_by(value))
     return replace(result, axes=known(result.axes, zero=zero, weights=weights), timing=timing)
@@ -83,7 +83,8 @@ def by_distance(table: Tensor) -> bool:
 
 def slanted(ctx: Context, value: Value, out: Axes) -> Value:
     """The newest frame's row of such a matrix."""
-    assert out.time is not None and value.tensor is not None
+    assert out.time is not None
+    assert value.tensor is not None
     dim = out.time - (len(out) - value.tensor.dim())
     last = value.shape[dim] - 1
     tensor = value.tensor.narrow(dim, last, 1)
@@ -183,7 +184,7 @@ def select(ctx: Context, convert: Convert, x: Value, dim: int, index: int) -> Va
     """One entry of a window: that position of the clip, counted from its end."""
     dim %= len(x.axes)
     if "K" not in x.axes[dim].kinds:
-        return convert(ctx, x, dim, index)  # type: ignore[no-any-return]
+        return convert(ctx, x, dim, index)
     if x.axes[dim].kinds != "K":
         raise Refused("a selection from an axis that merges time with others")
     at = x.axes.kept(dim)
@@ -248,7 +249,7 @@ def reduce(ctx: Context, convert: Convert, x: Value, dims: Any = None, *args: An
     chosen = [dim % rank for dim in over if "K" in x.axes[dim % rank].kinds]
     given = () if dims is None else (dims,)
     target = ctx.node.target
-    fill = _REDUCED[target]
+    fill = _REDUCED[target]  # type: ignore[index]
     for dim in chosen:
         if fill or not all(held.zero for held in held_by(replace(x, axes=Axes((x.axes[dim],))))):
             x = masked(ctx, x, fill, dim)

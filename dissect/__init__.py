@@ -37,6 +37,7 @@ _HOME = {
     "Preprocess": "preprocess",
     "Runner": "runner",
     "Stream": "stream",
+    "StreamPool": "pool",
     "agreement": "distilling",
     "convert": "stream",
     "converter": "registry",
@@ -72,6 +73,7 @@ __all__ = [
     "Runner",
     "Stream",
     "StreamError",
+    "StreamPool",
     "VerificationError",
     "VideoError",
     "__version__",
@@ -120,6 +122,7 @@ if TYPE_CHECKING:
     from dissect.loading import load
     from dissect.opaque import per_frame
     from dissect.plan import Plan
+    from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
     from dissect.recalibrating import recalibrate
     from dissect.reconstructing import reconstruct

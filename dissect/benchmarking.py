@@ -82,21 +82,34 @@ class Comparison:
         }
 
 
-def measure(call: Call, count: int = 200, warmup: int = 10, seconds: float = 60.0) -> Latency:
-    """The latency of ``count`` calls, or of as many as ``seconds`` hold, after ``warmup`` calls that do not count."""
+def measure(call: Call, count: int = 200, warmup: int = 10, seconds: float = 60.0, frames: int = 1) -> Latency:
+    """The latency of ``count`` calls, or of as many as ``seconds`` hold, after ``warmup`` calls that do not count.
+
+    In the native cadence frames cost differently: a sample is then the mean over ``frames`` calls, a period.
+    """
     for _ in range(warmup):
         call()
     samples: list[float] = []
     deadline = time.perf_counter() + seconds
     while len(samples) < count and (not samples or time.perf_counter() < deadline):
-        samples.append(_timed(call))
+        samples.append(_timed(call, frames))
     return Latency(tuple(samples))
 
 
 def compare(
-    step: Call, window: Call, runtime: str, turns: int = 20, steps: int = 10, seconds: float = 30.0, batch: int = 1
+    step: Call,
+    window: Call,
+    runtime: str,
+    turns: int = 20,
+    steps: int = 10,
+    seconds: float = 30.0,
+    batch: int = 1,
+    frames: int = 1,
 ) -> Comparison:
-    """Measure ``steps`` steps and one window in each of ``turns`` turns (at least 3, then while ``seconds`` last)."""
+    """Measure ``steps`` steps and one window in each of ``turns`` turns (at least 3, then while ``seconds`` last).
+
+    ``frames``: a sample of the step is the mean over so many calls, as for :func:`measure`.
+    """
     for _ in range(3):
         step()
     window()
@@ -105,7 +118,7 @@ def compare(
     ratios: list[float] = []
     deadline = time.perf_counter() + seconds
     while len(ratios) < 3 or (len(ratios) < turns and time.perf_counter() < deadline):
-        turn = [_timed(step) for _ in range(steps)]
+        turn = [_timed(step, frames) for _ in range(-(-steps // frames))]
         of_window.append(_timed(window))
         of_step.extend(turn)
         ratios.append(of_window[-1] / float(np.median(turn)))
@@ -178,10 +191,11 @@ def eager_step(stream: Any, inputs: tuple[Any, ...]) -> Call:
     return call
 
 
-def _timed(call: Call) -> float:
+def _timed(call: Call, times: int = 1) -> float:
     began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1e3
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times * 1e3
 
 
 @contextmanager

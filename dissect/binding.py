@@ -15,14 +15,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dissect.contract import Contract, InputSpec
 from dissect.errors import StreamError
+from dissect.opening import StepModel
 from dissect.sessions import Home, first_line, home_of
+from dissect.tensors import Tensor, read_only
 
-__all__ = ["RESET", "BoundStep", "Tensor", "checked"]
+__all__ = ["RESET", "BoundStep", "Table"]
 
 RESET = "reset"
-_ALIGNMENT = 64
 
 _DTYPES = {
     "tensor(float16)": "float16",
@@ -33,170 +33,218 @@ _DTYPES = {
 }
 
 
-class Tensor:
-    """A zeroed tensor at ``home``. In host memory :attr:`array` is the tensor itself; on a device there is no array."""
+class Table:
+    """The caches of ``rows`` streams in two sets, and buffers for ``batch`` of them that step together, without clocks.
 
-    def __init__(self, shape: Sequence[int], dtype: str, home: Home) -> None:
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        array = _zeros(self.shape, self.dtype)
-        self.value = ort.OrtValue.ortvalue_from_numpy(array, home.device, home.index)
-        self.array: NDArray[Any] | None = None if home.resident else array
+    A *turn* says in which set each cache of a stream is: it counts the stream's steps, and repeats after two periods of
+    the model. Rows that step together lie side by side and are at one turn; after :meth:`run` they are at the next.
+    """
 
-    def read(self, rows: NDArray[np.intp]) -> NDArray[Any]:
-        """A copy of ``rows``, ``(len(rows), ...)``, in host memory."""
-        array = self.value.numpy() if self.array is None else self.array
-        taken: NDArray[Any] = array[rows]  # an index array: always a copy
-        return taken
-
-    def write(self, rows: NDArray[np.intp], values: NDArray[Any] | int) -> None:
-        """Overwrites ``rows``; on a device, unless they are all rows, by one round trip of the tensor."""
-        if self.array is not None:
-            self.array[rows] = values
-            return
-        whole = self.value.numpy().copy()
-        whole[rows] = values
-        self.value.update_inplace(whole)
-
-    def fill(self, values: NDArray[Any]) -> None:
-        """Overwrites the whole tensor with ``values``: its shape (a leading 1 may lack), its kind of dtype."""
-        if self.array is not None:
-            np.copyto(self.array, values, casting="same_kind")
-        else:
-            self.value.update_inplace(np.ascontiguousarray(values, self.dtype).reshape(self.shape))
-
-
-class BoundStep:
-    """``batch`` streams of one session, without clocks: frames in, :meth:`run`, outputs out."""
-
-    def __init__(self, session: Any, contract: Contract, batch: int) -> None:
-        self.session, self.contract, self.batch = session, contract, batch
-        self.home = home_of(session)
-        declared = _declared(session, contract)
-        host = Home()
-        size = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+    def __init__(self, model: StepModel, rows: int, batch: int) -> None:
+        self.model, self.rows, self.batch = model, rows, batch
+        contract = self.contract = model.contract
+        self.home = home_of(model.sessions[0])
+        self.turns = 2 * contract.period
+        declared, size = _declared(model)
         for spec in contract.inputs:
-            _check_batch(spec.name, size[spec.name], batch)
-
+            if spec.name in size:
+                _check_batch(spec.name, size[spec.name], batch)
         self.frames = [Tensor(_sized(spec.shape, batch), spec.dtype, self.home) for spec in contract.inputs]
-        self._sets = [
-            [Tensor(_sized(spec.shape, batch), spec.dtype, self.home) for spec in contract.caches] for _ in range(2)
+        self.sets = [
+            [Tensor(_sized(spec.shape, rows), spec.dtype, self.home) for spec in contract.caches] for _ in range(2)
         ]
+        # What is recorded as a CUDA graph ends on the device: a replay copies nothing.
+        self._outside = self.home if self.home.graphs else Home()
+        shapes = [_fixed(spec.name, size[spec.name], batch) for spec in contract.outputs]
         self._results = [
-            [Tensor(_fixed(spec.name, size[spec.name], batch), declared[spec.name], host) for spec in contract.outputs]
+            [
+                Tensor(shape, declared[spec.name], self._outside)
+                for spec, shape in zip(contract.outputs, shapes, strict=True)
+            ]
             for _ in range(2)
         ]
-        self._views = [[_read_only(result.array) for result in results] for results in self._results]
+        self._views = [
+            [None if result.array is None else read_only(result.array) for result in results]
+            for results in self._results
+        ]
         self._reset = Tensor((batch,), "bool", self.home) if RESET in declared else None
-        self._pending = np.zeros(batch, bool)
-        self._now = 0
-        self._bindings = [session.io_binding() for _ in range(2)]
-        for now, binding in enumerate(self._bindings):
-            for cache, new in zip(contract.caches, self._sets[1 - now], strict=True):
-                binding.bind_ortvalue_output(cache.output, new.value)
-            for output, result in zip(contract.outputs, self._results[now], strict=True):
-                binding.bind_ortvalue_output(output.name, result.value)
-            self._bind_inputs(now)
+        self._pending = np.zeros(rows, bool)
+        phases = range(contract.period)
+        self._due = [[contract.output_due(spec, phase) for spec in contract.outputs] for phase in phases]
+        self._cache_due = [[phase % spec.due[1] == spec.due[0] for spec in contract.caches] for phase in phases]
+        self._result_side, self._side = _sides(self._due), _sides(self._cache_due)
+        self._taken = [{entry.name for entry in session.get_inputs()} for session in model.sessions]
+        self._bindings: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
-    @property
-    def results(self) -> list[NDArray[Any]]:
-        """The outputs of the last :meth:`run`, read only; overwritten by the next but one."""
-        return self._views[1 - self._now]
+    def side(self, turn: int, cache: int) -> int:
+        """The set in which a cache of a stream at ``turn`` is: 0 or 1."""
+        return self._side[turn][cache]
 
-    def run(self) -> None:
-        """One step of every stream, on the frames that were filled in."""
-        if self._reset is not None and self._pending.any():
-            self._reset.fill(self._pending)
+    def results(self, turn: int) -> list[NDArray[Any] | None]:
+        """The outputs of a run at ``turn``, ``(batch, ...)`` each and read only; None for one that is not due then.
+
+        The next run that makes them but one overwrites them.
+        """
+        due, side = self._due[turn % self.contract.period], self._result_side[turn]
+        if self.home.graphs:
+            found = [self._results[side[at]][at].value.numpy() if there else None for at, there in enumerate(due)]
+            return [None if array is None else read_only(array) for array in found]
+        return [self._views[side[at]][at] if there else None for at, there in enumerate(due)]
+
+    def run(self, turn: int, start: int, count: int) -> None:
+        """One step of the ``count`` rows from ``start``, which are at ``turn``, on the first ``count`` frames."""
+        assert 0 <= start <= start + count <= self.rows, "ONNX Runtime would write beyond the table"
+        assert count <= self.batch
+        pending = self._pending[start : start + count]
+        told = self._reset is not None and bool(pending.any())
+        if told:
+            self._tell(pending)
+        key = (turn, start, count)
+        found = self._bindings.get(key)
+        if found is None:
+            found = self._bindings[key] = self._bound(turn, start, count)
+        binding, options = found
+        session = self.model.sessions[turn % self.contract.period]
         if self.home.rebind:
-            self._bind_inputs(self._now)
+            self._bind_inputs(binding, turn, start, count)
         try:
-            self.session.run_with_iobinding(self._bindings[self._now])
+            session.run_with_iobinding(binding, options)
         except Exception as error:  # ONNX Runtime's errors share no base below Exception
             raise StreamError(f"ONNX Runtime could not run the step: {first_line(error)}") from error
-        self._now = 1 - self._now
-        if self._reset is not None and self._pending.any():
-            self._pending[:] = False
-            self._reset.fill(self._pending)
+        if told:
+            pending[:] = False
+            self._tell(pending)
 
-    def clear(self, rows: NDArray[np.intp]) -> None:
-        """Makes ``rows`` fresh streams: zeros in every cache, whatever was there, NaN included."""
+    def clear(self, turn: int, rows: NDArray[np.intp]) -> None:
+        """Makes ``rows`` fresh streams, at ``turn``: zeros in every cache, whatever was there, NaN included."""
         if self.home.resident and self._reset is not None:
             self._pending[rows] = True  # the graph clears them at the next step; no cache leaves the device
-        elif self.home.resident and len(rows) == self.batch:
-            for cache in self._sets[self._now]:
+            return
+        for cache in self.caches(turn):
+            if self.home.resident and len(rows) == self.rows:
                 cache.fill(np.zeros(cache.shape, cache.dtype))
-        else:
-            for cache in self._sets[self._now]:
+            else:
                 cache.write(rows, 0)
 
-    def read(self, rows: NDArray[np.intp]) -> list[NDArray[Any]]:
+    def caches(self, turn: int) -> list[Tensor]:
+        """The tensors in which the caches of streams at ``turn`` are."""
+        return [self.sets[side][at] for at, side in enumerate(self._side[turn])]
+
+    def read(self, turn: int, rows: NDArray[np.intp]) -> list[NDArray[Any]]:
         """A copy of every cache's ``rows`` in host memory."""
-        values = [cache.read(rows) for cache in self._sets[self._now]]
+        values = [cache.read(rows) for cache in self.caches(turn)]
         if self._pending[rows].any():
             for value in values:
                 value[self._pending[rows]] = 0
         return values
 
-    def write(self, rows: NDArray[np.intp], values: Sequence[NDArray[Any]]) -> None:
+    def write(self, turn: int, rows: NDArray[np.intp], values: Sequence[NDArray[Any]]) -> None:
         """Overwrites every cache's ``rows`` with what :meth:`read` gave, maybe for other rows."""
-        for cache, value in zip(self._sets[self._now], values, strict=True):
+        for cache, value in zip(self.caches(turn), values, strict=True):
             cache.write(rows, value)
         self._pending[rows] = False
 
+    def copy_one(self, turn: int, rows: NDArray[np.intp], source: int, target: int) -> None:
+        """Copies ``rows`` of one cache into another of its shape and dtype."""
+        caches = self.caches(turn)
+        caches[target].write(rows, caches[source].read(rows))
+
+    def _tell(self, pending: NDArray[np.bool_]) -> None:
+        assert self._reset is not None
+        told = np.zeros(self.batch, bool)
+        told[: len(pending)] = pending
+        self._reset.fill(told)
+
+    def _bound(self, turn: int, start: int, count: int) -> tuple[Any, Any]:
+        """A binding of these rows' buffers, and the options that it is run with."""
+        phase = turn % self.contract.period
+        binding = self.model.sessions[phase].io_binding()
+        for at, cache in enumerate(self.contract.caches):
+            if self._cache_due[phase][at]:
+                _bind(
+                    binding.bind_output, cache.output, self.sets[1 - self._side[turn][at]][at], start, count, self.home
+                )
+        for at, output in enumerate(self.contract.outputs):
+            if self._due[phase][at]:
+                result = self._results[self._result_side[turn][at]][at]
+                _bind(binding.bind_output, output.name, result, 0, count, self._outside)
+        self._bind_inputs(binding, turn, start, count)
+        options = None
+        if self.home.graphs:
+            # Recording runs the step more than once; it is the same step each time, for no buffer is read and written.
+            options = ort.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(len(self._bindings) + 1))
+        return binding, options
+
+    def _bind_inputs(self, binding: Any, turn: int, start: int, count: int) -> None:
+        taken = self._taken[turn % self.contract.period]
+        for spec, frame in zip(self.contract.inputs, self.frames, strict=True):
+            if spec.name in taken:
+                _bind(binding.bind_input, spec.name, frame, 0, count, self.home)
+        for cache_spec, cache in zip(self.contract.caches, self.caches(turn), strict=True):
+            if cache_spec.input in taken:
+                _bind(binding.bind_input, cache_spec.input, cache, start, count, self.home)
+        if self._reset is not None:
+            _bind(binding.bind_input, RESET, self._reset, 0, count, self.home)
+
+
+class BoundStep:
+    """``batch`` streams that step together: frames in, :meth:`run`, outputs out. ``turn`` is where they begin."""
+
+    def __init__(self, model: StepModel, batch: int, turn: int = 0) -> None:
+        self.table = Table(model, batch, batch)
+        self.batch, self.turn = batch, turn
+        self.frames = self.table.frames
+        self._every = np.arange(batch)
+
+    @property
+    def results(self) -> list[NDArray[Any] | None]:
+        """The outputs of the last :meth:`run`, as :meth:`Table.results` gives them."""
+        return self.table.results((self.turn - 1) % self.table.turns)
+
+    def run(self) -> None:
+        """One step of every stream, on the frames that were filled in."""
+        self.table.run(self.turn, 0, self.batch)
+        self.turn = (self.turn + 1) % self.table.turns
+
+    def clear(self, rows: NDArray[np.intp]) -> None:
+        """Makes ``rows`` fresh streams, at phase 0: they are all, or the others are at it too."""
+        self._turn_to(0)
+        self.table.clear(self.turn, rows)
+
+    def read(self, rows: NDArray[np.intp]) -> list[NDArray[Any]]:
+        """A copy of every cache's ``rows`` in host memory."""
+        return self.table.read(self.turn, rows)
+
+    def write(self, rows: NDArray[np.intp], values: Sequence[NDArray[Any]], phase: int | None = None) -> None:
+        """Overwrites every cache's ``rows`` with what :meth:`read` gave, maybe for other rows; all of them at ``phase``."""
+        if phase is not None:
+            self._turn_to(phase)
+        self.table.write(self.turn, rows, values)
+
+    def _turn_to(self, phase: int) -> None:
+        period = self.table.contract.period
+        self.turn = (self.turn + phase - self.turn % period) % self.table.turns
+
     def copy_one(self, source: int, target: int) -> None:
         """Copies one cache into another of its shape and dtype, every row."""
-        every = np.arange(self.batch)
-        self._sets[self._now][target].fill(self._sets[self._now][source].read(every))
-
-    def _bind_inputs(self, now: int) -> None:
-        binding = self._bindings[now]
-        for spec, frame in zip(self.contract.inputs, self.frames, strict=True):
-            binding.bind_ortvalue_input(spec.name, frame.value)
-        for cache_spec, cache in zip(self.contract.caches, self._sets[now], strict=True):
-            binding.bind_ortvalue_input(cache_spec.input, cache.value)
-        if self._reset is not None:
-            binding.bind_ortvalue_input(RESET, self._reset.value)
+        self.table.copy_one(self.turn, self._every, source, target)
 
 
-def checked(frame: Any, target: Tensor, spec: InputSpec) -> NDArray[Any]:
-    """``frame`` as an array that fits ``target``, or an error that says what it wants."""
-    try:
-        array: NDArray[Any] = np.asarray(frame)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise StreamError(f"{spec.name}: numpy makes no array of this {type(frame).__name__}: {error}") from error
-    if array.shape != target.shape and not (target.shape[0] == 1 and array.shape == target.shape[1:]):
-        without = f", or {target.shape[1:]}" if target.shape[0] == 1 else ""
-        raise StreamError(f"{spec.name}: a frame has the shape {target.shape}{without}; this one has {array.shape}.")
-    if array.dtype == target.dtype:
-        return array
-    if array.dtype.kind != target.dtype.kind or (
-        target.dtype.kind != "f" and not np.can_cast(array.dtype, target.dtype)
-    ):
-        if target.dtype.kind == "f" and array.dtype.kind in "iub":
-            fix = (
-                "bring pixels to the range that the network was trained on first, as run.preprocess says; "
-                "dissect.Preprocess does it, or frame.astype(np.float32) / 255 where that is all there is to it"
-            )
-        elif target.dtype == np.uint8:
-            fix = "this model takes pixels as they come, 0 to 255 and not normalised"
-        else:
-            fix = f"convert it with frame.astype(np.{target.dtype})"
-        raise StreamError(f"{spec.name}: frames are {target.dtype}, and this one is {array.dtype}: {fix}.")
-    return array
+def _sides(due: list[list[bool]]) -> list[list[int]]:
+    """For each turn of two periods, which of two buffers each value was last written to; both start at 0."""
+    side = [0] * len(due[0])
+    sides = []
+    for turn in range(2 * len(due)):
+        sides.append(list(side))
+        side = [before ^ now for before, now in zip(side, due[turn % len(due)], strict=True)]
+    return sides
 
 
-def _read_only(array: NDArray[Any] | None) -> NDArray[Any]:
-    assert array is not None, "results are in host memory"
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _zeros(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Zeros that start at a cache line, as ONNX Runtime's own buffers do: wide loads then never straddle two."""
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.zeros(count + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + count].view(dtype).reshape(shape)
+def _bind(bind: Any, name: str, tensor: Tensor, start: int, count: int, home: Home) -> None:
+    """Binds ``count`` rows of a tensor from ``start`` on."""
+    pointer = tensor.value.data_ptr() + start * tensor.row
+    bind(name, home.device, home.index, tensor.dtype.type, (count, *tensor.shape[1:]), pointer)
 
 
 def _sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
@@ -221,16 +269,18 @@ def _check_batch(name: str, shape: list[Any], batch: int) -> None:
         )
 
 
-def _declared(session: Any, contract: Contract) -> dict[str, str]:
-    """The graph's inputs and outputs and their numpy dtypes, after checking that they are those of ``contract``."""
-    graph = [*session.get_inputs(), *session.get_outputs()]
+def _declared(model: StepModel) -> tuple[dict[str, str], dict[str, list[Any]]]:
+    """The numpy dtypes and the shapes of the graphs' inputs and outputs, after checking that they are the contract's."""
+    contract = model.contract
+    graph = [entry for session in model.distinct for entry in (*session.get_inputs(), *session.get_outputs())]
     declared = {entry.name: _DTYPES.get(entry.type, entry.type) for entry in graph}
     expected = {spec.name: spec.dtype for spec in contract.inputs}
     for cache in contract.caches:
         expected |= {cache.input: cache.dtype, cache.output: cache.dtype}
     expected |= {spec.name: declared.get(spec.name, "") for spec in contract.outputs}
+    unused = {name for name in expected if contract.period > 1 and name not in declared}  # no layer that is ever due
     for name, dtype in expected.items():
-        if name not in declared or declared[name] != dtype:
+        if name not in unused and (name not in declared or declared[name] != dtype):
             found = f"is {declared[name]} in the graph" if name in declared else "is not in the graph"
             raise StreamError(
                 f"{name} ({dtype or 'output'}) {found}: the file was changed after its export; export it again."
@@ -238,6 +288,6 @@ def _declared(session: Any, contract: Contract) -> dict[str, str]:
     for spec in contract.outputs:
         if declared[spec.name].startswith("tensor("):
             raise StreamError(f"{spec.name}: numpy has no {declared[spec.name]}; export the output as float32.")
-    if extra := {entry.name for entry in session.get_inputs()} - set(expected) - {RESET}:
+    if extra := {entry.name for session in model.distinct for entry in session.get_inputs()} - set(expected) - {RESET}:
         raise StreamError(f"The graph wants inputs that its metadata do not name: {sorted(extra)}; export it again.")
-    return declared
+    return declared, {entry.name: entry.shape for entry in graph}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -81,7 +81,9 @@ def copied(example: Any) -> tuple[Any, ...]:
     return pytree.tree_map(lambda leaf: leaf, args)  # type: ignore[no-any-return]
 
 
-def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs: Inputs) -> Captured:
+def capture(
+    model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs: Inputs, batches: Sequence[int] = BATCHES
+) -> Captured:
     """Capture ``model`` for inputs like ``example``, laid out as ``inputs``; raises CaptureError with torch's own reason."""
     name = type(model).__name__
     if isinstance(model, ExportedProgram):
@@ -90,7 +92,7 @@ def capture(model: nn.Module | ExportedProgram, example: tuple[Any, ...], inputs
     batch = inputs.batch
     with evaluating(model), standing_aside(model, example):
         for shim in (False, True):
-            for size in dict.fromkeys((*BATCHES, batch)):
+            for size in dict.fromkeys((*batches, batch)):
                 try:
                     program = _export(model, copied(example) if size == batch else inputs.rebatched(size), shim)
                 except Exception as error:
@@ -132,7 +134,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProg
     token = _CAPTURING.set(True)
     logging.disable(logging.CRITICAL)  # an export that fails is explained once, not in torch's log
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _masks_as_given():
             warnings.simplefilter("ignore")
             if shim:
                 with _legacy():
@@ -155,7 +157,28 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     for node in list(program.graph.nodes):  # what export asserts of an example is no part of the network
         if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
             program.graph.erase_node(node)
+    _laid_out(program.graph)
     return program
+
+
+def _laid_out(graph: fx.Graph) -> None:
+    """Reshapes as reshapes, without the copies that only a tensor's layout asks for.
+
+    Whether ``reshape`` is a view or a copy, and ``contiguous`` anything at all, follows from the sizes of the example: for
+    two examples the graphs would differ, and so would the names of all later nodes.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _ATEN.clone.default and node.args[0].op != "placeholder":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in (_ATEN.view.default, _ATEN._unsafe_view.default):
+            with graph.inserting_before(node):
+                reshaped = graph.call_function(_ATEN.reshape.default, node.args)
+            reshaped.meta = node.meta
+            node.replace_all_uses_with(reshaped)
+            graph.erase_node(node)
 
 
 def _results(program: ExportedProgram, values: Any) -> tuple[Any, ...]:
@@ -245,6 +268,21 @@ def _note(value: Any, contents: dict[int, tuple[Any, list[Any]]]) -> None:
             contents[id(value)] = (value, items)
         for item in items:
             _note(item, contents)
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Torch's own transformers read the values of a mask to see whether it is causal, which no export can follow.
+
+    What they gain is a faster kernel; the mask itself says the same. There is no public switch for it.
+    """
+    module, name = torch.nn.modules.transformer, "_detect_is_causal_mask"
+    detect = getattr(module, name, None)
+    setattr(module, name, lambda mask, is_causal=None, size=None: bool(is_causal))
+    try:
+        yield
+    finally:
+        delattr(module, name) if detect is None else setattr(module, name, detect)
 
 
 @contextmanager

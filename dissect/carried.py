@@ -46,7 +46,7 @@ class _Writer:
     def __init__(self, captured: Captured, loop: Carrying) -> None:
         self.graph = captured.graph
         self.loop = loop
-        self.nodes = [node for node in loop.copies[1]]
+        self.nodes = list(loop.copies[1])
         self.before = {node: at for at, node in enumerate(loop.copies[0])}
         self.at = {node: at for at, node in enumerate(self.nodes)}
         self.clones: dict[Any, fx.Node] = {}
@@ -81,7 +81,11 @@ class _Writer:
             if at not in feeding:
                 feeding.add(at)
                 queue.extend(reads[at])
-        return body | (dependent & feeding), dependent
+        body |= dependent & feeding
+        for at, node in enumerate(self.nodes):  # the results of an operator with several stay with it
+            if node is not None and node.target is operator.getitem and body & set(reads[at]):
+                body.add(at)
+        return body, dependent
 
     def write(self) -> None:
         body, dependent = self.regions()
@@ -192,8 +196,8 @@ class _Writer:
         wanted = [
             at
             for at in sorted(body)
-            if at in read_outside or any(user in self.at and self.at[user] not in body for user in self.nodes[at].users)
-        ]  # type: ignore[union-attr]
+            if at in read_outside or any(self.at.get(user, at) not in body for user in self.nodes[at].users)  # type: ignore[union-attr]
+        ]
         graph.output(([inner[at] for at in wanted], new))
         first = [slot.first for slot in self.loop.slots]
         node = self.graph.create_node("call_function", carry, (list(given["input"]), first, list(given["shared"])))

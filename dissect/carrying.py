@@ -9,6 +9,7 @@ anything but the index of the frame is left as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,17 +21,21 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.capturing import Captured
 from dissect.unrolling import Frame, frame_in
 
-__all__ = ["Carrying", "Slot", "recurring"]
+__all__ = ["FILLED", "Carrying", "Slot", "recurring"]
 
 aten = torch.ops.aten
-_FILLED = {
+#: operators that give a tensor of one number, and the number; they read an activation for its size alone
+FILLED = {
     aten.zeros_like.default: 0.0,
     aten.ones_like.default: 1.0,
     aten.full_like.default: None,
     aten.new_zeros.default: 0.0,
     aten.new_ones.default: 1.0,
     aten.new_full.default: None,
+    aten.empty_like.default: 0.0,
+    aten.new_empty.default: 0.0,
 }
+_LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class _Differ(Exception):
 def recurring(captured: Captured) -> list[Carrying]:
     """The loops of a graph that carry values; one at a time can be rolled."""
     _uproot(captured)
+    _all_results(captured)
     frames: dict[tuple[fx.Node, int], dict[int, list[fx.Node]]] = {}
     for node in captured.graph.nodes:
         frame = frame_in(node) if node.op == "call_function" else None
@@ -89,9 +95,9 @@ def _uproot(captured: Captured) -> None:
     """Tensors of one number that take their size from a frame take it from the clip: they are the same for every copy."""
     root = next(node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs)
     for node in list(captured.graph.nodes):
-        if node.target not in _FILLED or node.args[0].op == "placeholder":
+        if node.target not in FILLED or node.args[0].op == "placeholder":
             continue
-        value = _FILLED[node.target]
+        value = FILLED[node.target]
         number = node.args[-1] if value is None else value
         kwargs = {} if node.meta["val"].dtype == root.meta["val"].dtype else {"dtype": node.meta["val"].dtype}
         with captured.graph.inserting_before(node):
@@ -104,6 +110,21 @@ def _uproot(captured: Captured) -> None:
         node.replace_all_uses_with(made)
         captured.graph.erase_node(node)
         made.name = name
+
+
+def _all_results(captured: Captured) -> None:
+    """Every result of a recurrent layer as a node, in order: the last copy of a loop reads others than those before it."""
+    for node in list(captured.graph.nodes):
+        if node.op != "call_function" or node.target not in _LAYERS:
+            continue
+        held = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        after = node
+        for index, value in enumerate(node.meta["val"]):
+            if index not in held:
+                held[index] = captured.graph.call_function(operator.getitem, (node, index))
+                held[index].meta = {**node.meta, "val": value}
+            after.append(held[index])
+            after = held[index]
 
 
 def _follows(node: fx.Node, frames: Sequence[fx.Node]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dissect import __version__, options
+from dissect.contract import CADENCES
 from dissect.errors import NotStreamable
 
 __all__ = ["main"]
@@ -64,6 +65,13 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
 @options.network
 @options.surgery
 @options.pictures
+@click.option(
+    "--cadence",
+    type=click.Choice(CADENCES),
+    default="every",
+    show_default=True,
+    help="every: an output at each frame. native: those of the clip network alone, its late layers at their own rate.",
+)
 @click.option("--verify/--no-verify", "checked", default=True, help="Compare the step model with the original.")
 @click.option("--bench/--no-bench", "measured", default=True, help="Measure a step against the sliding window.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for the measurement. [one for each core]")
@@ -87,12 +95,12 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         stream = workbench.stream_of(work, rest)
         pictures = workbench.describe(stream, rest)
         stage("counting")
-        totals = workbench.totals(stream, work)
+        totals = workbench.totals(stream, work, rest["cadence"])
         found |= {"plan": json.loads(stream.plan.to_json()), "totals": totals}
         words = [("plan", workbench.summary(stream)), *workbench.in_words(totals), ("preprocessing", pictures)]
         stage.print(out, rendering.pairs(words))
         stage("writing")
-        with workbench.written(stream, path) as file:
+        with workbench.written(stream, path, rest["cadence"]) as file:
             if rest["checked"]:
                 from dissect.verifying import verify as verified
 
@@ -105,8 +113,10 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         stage.print(out, rendering.pairs([("file", f"{path}, {rendering.kilobytes(found['bytes'])}")]))
         if rest["measured"]:
             stage("measuring")
-            step = benchmarking.step_of(Runner(path, threads=rest["threads"]))
-            comparison, remark = workbench.race(step, work, rest["threads"], stream=stream)
+            runner = Runner(path, threads=rest["threads"])
+            comparison, remark = workbench.race(
+                benchmarking.step_of(runner), work, rest["threads"], stream=stream, frames=runner.period
+            )
             found["speed"] = {**comparison.to_dict(), "remark": remark}
     if rest["measured"]:
         rendering.print_comparison(out, comparison, remark)
@@ -220,7 +230,7 @@ def bench(
     out = rendering.notes() if as_json else rendering.console()
     found: dict[str, Any] = {"ok": True, "provider": runner.providers[0], "threads": threads, "batch": batch}
     if model is None:
-        latency = benchmarking.measure(call, steps)
+        latency = benchmarking.measure(call, steps, frames=runner.period)
         found["step"] = latency.to_dict()
         out.print(rendering.latency_table([("step", latency)]))
     else:
@@ -230,7 +240,9 @@ def bench(
             stage("loading")
             work = workbench.work_of(model, rest)
             stage("measuring")
-            comparison, remark = workbench.race(call, work, threads, provider, max(3, steps // 10))
+            comparison, remark = workbench.race(
+                call, work, threads, provider, max(3, steps // 10), frames=runner.period
+            )
         found |= {**comparison.to_dict(), "remark": remark}
         rendering.print_comparison(out, comparison, remark)
     if as_json:

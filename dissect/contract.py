@@ -15,10 +15,21 @@ from typing import Any, TypeVar
 
 from dissect.errors import StreamError
 
-__all__ = ["FORMAT_VERSION", "CacheSpec", "Contract", "InputSpec", "OutputSpec", "Structure", "leaves_of", "pack"]
+__all__ = [
+    "CADENCES",
+    "FORMAT_VERSION",
+    "CacheSpec",
+    "Contract",
+    "InputSpec",
+    "OutputSpec",
+    "Structure",
+    "leaves_of",
+    "pack",
+]
 
 FORMAT_VERSION = 1
 ROLES = ("cache", "age", "length")
+CADENCES = ("every", "native")
 PREFIX = "dissect."
 
 Structure = int | None | list[Any] | dict[str, Any]
@@ -46,7 +57,8 @@ class InputSpec:
 class OutputSpec:
     """One output: when it exists, and how many positions of it the offline network has.
 
-    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see :meth:`positions`. ``delay`` and ``stride`` are in frames.
+    ``length`` is a chain of ``(add, stride)``, or ``(mul, add, stride)`` where time is upsampled; see
+    :meth:`positions`. ``delay`` and ``stride`` are in frames.
     """
 
     name: str
@@ -74,7 +86,8 @@ class CacheSpec:
     """One cache: its graph input and output, its shape (``"batch"`` first, the rest fixed), dtype, module path, role.
 
     The role is ``"cache"``, ``"age"`` (int64 ``(batch,)``: frames seen) or ``"length"`` (int64 ``(batch,)``:
-    0 while the stream is live, the stream's length during its flush).
+    0 while the stream is live, the stream's length during its flush). ``due`` is ``(start, gap)``: the new cache counts
+    at the frames ``t`` with ``t % gap == start``, which is every frame but in the native cadence; at others it is left.
     """
 
     input: str
@@ -83,6 +96,7 @@ class CacheSpec:
     dtype: str = "float32"
     path: str = ""
     role: str = "cache"
+    due: tuple[int, int] = (0, 1)
 
     @property
     def bytes(self) -> int:
@@ -95,7 +109,11 @@ _Spec = TypeVar("_Spec", InputSpec, OutputSpec, CacheSpec)
 
 @dataclass(frozen=True)
 class Contract:
-    """All that a runner knows of a step model beyond its graph. Delay, receptive field, warm-up, stride: frames."""
+    """All that a runner knows of a step model beyond its graph. Delay, receptive field, warm-up, stride: frames.
+
+    ``cadence`` is ``"every"``, or ``"native"``: then outputs exist at their own positions alone, and which outputs and
+    new caches count at a frame repeats with ``period`` frames (:meth:`due`).
+    """
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
@@ -106,6 +124,8 @@ class Contract:
     receptive_field: int = 1
     warmup: int = 0
     stride: int = 1
+    cadence: str = "every"
+    period: int = 1
     preprocess: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
     source: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +159,13 @@ class Contract:
             raise StreamError(
                 "A step model has at most one age and one length cache, and no length without an age; export it again."
             )
+        gaps = [cache.due[1] for cache in self.caches]
+        gaps += [output.stride for output in self.outputs] if self.period > 1 else []
+        if self.cadence not in CADENCES or self.period < 1 or any(gap < 1 or self.period % gap for gap in gaps):
+            raise StreamError(
+                f"The cadence {self.cadence!r} of {self.period} frames does not fit its caches and outputs; "
+                "export the step model again, or update dissect."
+            )
 
     @property
     def cache_bytes(self) -> int:
@@ -152,6 +179,15 @@ class Contract:
     def last(self, frames: int) -> int:
         """The time of the last output of any kind of a stream of ``frames`` frames; -1 if there is none."""
         return max(output.last(frames) for output in self.outputs)
+
+    def due(self, phase: int) -> tuple[str, ...]:
+        """The graph's outputs that count at frames ``t`` with ``t % period == phase``, in the order of the graph."""
+        outputs = [spec.name for spec in self.outputs if self.output_due(spec, phase)]
+        return (*outputs, *(spec.output for spec in self.caches if phase % spec.due[1] == spec.due[0]))
+
+    def output_due(self, output: OutputSpec, phase: int) -> bool:
+        """Whether ``output`` has a position at frames of this phase; every frame has one but in the native cadence."""
+        return self.period == 1 or (phase - output.delay) % output.stride == 0
 
     def to_metadata(self) -> dict[str, str]:
         """The entries for ``metadata_props``; :meth:`from_metadata` gives this contract back."""
@@ -172,6 +208,7 @@ class Contract:
                         "dtype": s.dtype,
                         "path": s.path,
                         "role": s.role,
+                        **({} if s.due == (0, 1) else {"due": s.due}),
                     }
                     for s in self.caches
                 ]
@@ -184,6 +221,8 @@ class Contract:
             "stride": str(self.stride),
             "source": _json(self.source),
         }
+        if self.period > 1:
+            entries |= {"cadence": self.cadence, "period": str(self.period)}
         if self.preprocess is not None:
             entries["preprocess"] = _json(self.preprocess)
         if self.labels is not None:
@@ -218,6 +257,8 @@ class Contract:
                 receptive_field=_entry(metadata, "receptive_field", int),
                 warmup=_entry(metadata, "warmup", int),
                 stride=_entry(metadata, "stride", int),
+                cadence=metadata.get(PREFIX + "cadence", "every"),
+                period=_entry(metadata, "period", int) if PREFIX + "period" in metadata else 1,
                 preprocess=_entry(metadata, "preprocess") if PREFIX + "preprocess" in metadata else None,
                 labels=_entry(metadata, "labels", tuple) if PREFIX + "labels" in metadata else None,
                 source=_entry(metadata, "source") if PREFIX + "source" in metadata else {},

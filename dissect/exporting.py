@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
+from dissect.cadence import CADENCES, Native, native
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
 from dissect.lowering import lower
@@ -42,19 +43,22 @@ def export(
     preprocess: Any = None,
     labels: Sequence[str] | None = None,
     reset: bool = False,
+    cadence: str = "every",
 ) -> Path:
     """Write the step model of ``stream`` to ``path`` and return the path.
 
     ``preprocess`` (a :class:`~dissect.Preprocess`) and ``labels`` go into the file's metadata. ``reset`` adds a
-    boolean input ``reset``, ``(batch,)``, that clears a row's caches before the step. Raises
-    :class:`~dissect.ExportError` where ONNX has no form for an operator.
+    boolean input ``reset``, ``(batch,)``, that clears a row's caches before the step. ``cadence`` is ``"every"``, an
+    output at every frame, or ``"native"``, the outputs of the offline network alone, whose late layers then run only
+    at the frames that need them (see :mod:`dissect.cadence`). Raises :class:`~dissect.ExportError` where ONNX has no
+    form for an operator.
     """
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         raise ExportError(
             f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder"
         )
-    model = to_model(stream, preprocess, labels, reset)
+    model = to_model(stream, preprocess, labels, reset, cadence)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     with _beside(target) as partial:
         if size > LIMIT:
@@ -68,17 +72,26 @@ def export(
 
 
 def to_model(
-    stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, reset: bool = False
+    stream: Stream,
+    preprocess: Any = None,
+    labels: Sequence[str] | None = None,
+    reset: bool = False,
+    cadence: str = "every",
 ) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
-    contract = contract_of(stream, preprocess, labels)
-    step: Any = lower(stream)
+    if cadence not in CADENCES:
+        raise ExportError(f"cadence {cadence!r} is unknown; there are {', '.join(CADENCES)}")
+    sparse = native(stream) if cadence == "native" else None
+    if sparse is not None and reset:
+        raise ExportError("reset=True clears a row at any frame, and with cadence='native' rows share their phase")
+    contract = contract_of(stream, preprocess, labels, sparse)
+    step: Any = lower(stream if sparse is None else sparse)
     frames = [
         leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
         for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
     ]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
-    caches = [cache.spec.zeros(ROWS, torch.float32) for cache in stream.cache_list]
+    caches = [cache.spec.zeros(ROWS, torch.float32) for cache in (sparse or stream).cache_list]
     names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
     outs = [spec.name for spec in contract.outputs] + [cache.output for cache in contract.caches]
     args: tuple[Tensor, ...] = (*frames, *caches)
@@ -182,8 +195,10 @@ def _name_batch(model: ir.Model) -> None:
                 value.shape[0] = ir.SymbolicDim("batch")  # type: ignore[index]
 
 
-def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None) -> Contract:
-    """All that a runner must know of the step model."""
+def contract_of(
+    stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, sparse: Native | None = None
+) -> Contract:
+    """All that a runner must know of the step model; ``sparse`` is the native cadence, where it has one."""
     from dissect import __version__
 
     dissected = stream.dissected
@@ -216,8 +231,9 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
             _dtype(cache.spec.dtype or torch.float32),
             cache.path,
             cache.spec.role,
+            cache.due,
         )
-        for cache in stream.cache_list
+        for cache in (stream if sparse is None else sparse).cache_list
     )
     indices = iter(range(len(outputs)))
     positions = [next(indices) if _moves(output) else None for output in dissected.outputs]
@@ -236,6 +252,8 @@ def contract_of(stream: Stream, preprocess: Any = None, labels: Sequence[str] | 
         stride=timing.stride,
         preprocess=preprocess if preprocess is None or isinstance(preprocess, dict) else asdict(preprocess),
         labels=tuple(labels or stream.labels or ()) or None,
+        cadence="every" if sparse is None else "native",
+        period=1 if sparse is None else sparse.period,
         source={"model": dissected.captured.name, "dissect": __version__, "torch": torch.__version__.split("+")[0]},
     )
 

@@ -28,11 +28,15 @@ Kind = Literal["clip", "chunk", "step"]
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch."""
+    """A cache of the step model: its name, the layer it belongs to, and its shape without the batch.
+
+    ``due`` is ``(start, gap)``: it is written at the frames ``t`` with ``t % gap == start`` (:mod:`dissect.cadence`).
+    """
 
     name: str
     path: str
     spec: CacheSpec
+    due: tuple[int, int] = (0, 1)
 
 
 def caches_of(dissected: Dissected) -> tuple[Cache, ...]:
@@ -93,7 +97,10 @@ class Form(nn.Module):
         return self
 
     def forward(self, *args: Any, frames: int | None = None) -> Any:
-        """The clip form takes the original's inputs (``frames``: where batch and time are merged), the others a frame or chunk and the caches."""
+        """The clip form takes the original's inputs, the others a frame or chunk and the caches.
+
+        ``frames`` says how many there are where batch and time are merged.
+        """
         inputs = self.structure.inputs
         given = inputs.spec.num_children if self.kind == "clip" else inputs.given
         if len(args) < given and not (self.kind == "clip" and len(args) == len(inputs.groups)):
@@ -173,13 +180,13 @@ def build(dissected: Dissected, kind: Kind) -> Form:
         if output.value.constant:
             value = env[output.value.node]
         elif kind != "step":
-            path = f"temporal.output_{len(outputs)}"
-            if "temporal" not in dissected.root._modules:
-                dissected.root.add_module("temporal", nn.Module())
+            path = f"{dissected.home}.output_{len(outputs)}"
+            if dissected.home not in dissected.root._modules:
+                dissected.root.add_module(dissected.home, nn.Module())
             axes = output.value.axes
             if kind == "clip" and output.own is not None:
-                path, axes = f"temporal.own_output_{len(outputs)}", output.own
-            dissected.root.get_submodule("temporal").add_module(path.rpartition(".")[2], Join(axes))
+                path, axes = f"{dissected.home}.own_output_{len(outputs)}", output.own
+            dissected.root.get_submodule(dissected.home).add_module(path.rpartition(".")[2], Join(axes))
             value = graph.call_module(path, (value, frames))
         outputs.append(value)
     graph.output((*outputs, *(new if kind != "clip" else ())))
@@ -200,4 +207,4 @@ def clock_of(dissected: Dissected) -> Clock | None:
     """The clock, where one is needed."""
     found = [module for module in dissected.root.modules() if isinstance(module, Clock)]
     live = {node.target for node in dissected.graph.nodes if node.op == "call_module"}
-    return found[0] if found and "temporal.clock" in live else None
+    return found[0] if found and f"{dissected.home}.clock" in live else None

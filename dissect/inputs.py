@@ -171,7 +171,7 @@ class Inputs:
             elif layout is not None:
                 units.append(_laid_out(value, text))
             else:
-                units.append(_timed(value, dim))
+                units.append(_timed(value, dim))  # type: ignore[arg-type]
         timed = [unit for unit in units if unit is not None and unit.timed]
         if not timed:
             raise PlanError(
@@ -235,17 +235,14 @@ class Inputs:
 
     def is_dense(self, args: Sequence[Any]) -> bool:
         """Whether ``args`` are dense inputs already."""
-        leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
-        groups = self.groups
+        leaves, groups = pytree.tree_leaves(tuple(args)), self.groups
         if len(leaves) != len(groups) or any(
-            leaf.dim() != len(unit.dense_axes) for leaf, unit in zip(leaves, groups, strict=True)
+            not isinstance(leaf, Tensor) or leaf.dim() != len(unit.dense_axes)
+            for leaf, unit in zip(leaves, groups, strict=True)
         ):
             return False
-        return (
-            self.plain
-            or len(leaves) != len(self.tensors)
-            or not all(unit.plain or unit.scalar for unit in self.tensors)
-        )
+        own = all(unit is not None and unit.plain for unit in self.units)
+        return self.plain or len(groups) != len(self.tensors) or not own
 
     def streams(self, args: Sequence[Any], frames: int | None = None) -> list[Tensor]:
         """Every input as its frames at every frame of the stream, from the network's own inputs or dense ones.
@@ -269,8 +266,8 @@ class Inputs:
             mates = [
                 y
                 for other, y in zip(self.tensors, found, strict=True)
-                if other.group == unit.group and y.shape[other.time] == length
-            ]  # type: ignore[index]
+                if other.group == unit.group and other.time is not None and y.shape[other.time] == length
+            ]
             if mates:
                 own = torch.arange(0, length, unit.rate, device=x.device)[: x.shape[dim]]
                 found[index] = mates[0].index_copy(dim, own, x)
@@ -360,12 +357,12 @@ def parse(text: str, shape: Sequence[int]) -> Axes:
             )
         if size % known or (not free and size != known):
             raise PlanError(f"layout {text!r}: a dimension of {size} is not a product with {known}")
-        factors = []
+        factors: list[Factor] = []
         for name, given in dim:
             kind = {"b": "N", "t": "T"}.get(name, "S")
-            factor = Factor(kind, given if given is not None else size // known)  # type: ignore[arg-type]
-            if kind != "S" or factor.size > 1:
-                factors.append(factor)
+            made = Factor(kind, given if given is not None else size // known)  # type: ignore[arg-type]
+            if kind != "S" or made.size > 1:
+                factors.append(made)
         axes.append(Axis(tuple(factors)))
     return Axes(tuple(axes))
 

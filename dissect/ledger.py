@@ -1,8 +1,9 @@
 """The axis ledger: which dimension of a tensor carries the batch, and which carries time.
 
 Every dimension is an ordered product of named factors: the batch ``N``, time ``T``, a window ``K`` of the
-last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``, ``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again
-after it was merged into the batch (``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
+last positions (the clip's time axis where one frame looks at all of it), or plain space ``S``. ``view``,
+``flatten``, ``permute`` and ``squeeze`` only move factors, so time is found again after it was merged into the batch
+(``(N*T, C, H, W)``) or into tokens (``(N, T*H*W, C)``).
 
 A *frame tensor* is the same value without its ``N`` and ``T`` factors and with one leading
 dimension that holds all rows: ``N*T`` of them in the clip form, ``N`` in the step form. The law:
@@ -21,7 +22,21 @@ from torch import Tensor
 
 from dissect.timing import Window
 
-__all__ = ["Axes", "Axis", "Factor", "LedgerError", "apart", "broadcast", "join", "plain", "reshape", "split"]
+__all__ = [
+    "Axes",
+    "Axis",
+    "Factor",
+    "LedgerError",
+    "alone",
+    "apart",
+    "bare",
+    "broadcast",
+    "join",
+    "plain",
+    "reshape",
+    "split",
+    "without",
+]
 
 
 class LedgerError(Exception):
@@ -236,6 +251,29 @@ def apart(axes: Axes) -> Axes:
     return Axes((*front, *(plain_axis(size) for size in axes.frame)))
 
 
+def alone(axes: Axes, dim: int) -> bool:
+    """Whether a dimension is, or begins with, a batch of one: the network was captured for a single row."""
+    return axes[dim].kinds[:1] == "N" and axes[dim].factors[0].size == 1
+
+
+def without(axes: Axes, dim: int) -> Axes:
+    """The ledger without a dimension of size 1; a batch of one goes to the dimension behind it."""
+    rest = list(axes.dims[:dim] + axes.dims[dim + 1 :])
+    if axes[dim].kinds == "N" and dim < len(rest):
+        rest[dim] = Axis((*axes[dim].factors, *rest[dim].factors))
+    return Axes(tuple(rest))
+
+
+def bare(axes: Axes) -> Axes:
+    """The ledger without dimensions of size 1 that would give a cache of its frames more than four dimensions."""
+    spare = len(axes.frame) - 3
+    dims = []
+    for axis in axes.dims:
+        spare -= (gone := spare > 0 and not axis.factors)
+        dims += [] if gone else [axis]
+    return Axes(tuple(dims))
+
+
 def split(x: Tensor, time_dim: int | None, frames: int) -> Tensor:
     """A clip ``(N, ..., T, ...)`` as a frame tensor ``(N*T, ...)``; without a time axis, each row is repeated."""
     if time_dim is None:
@@ -311,6 +349,11 @@ def split_frames(x: Tensor, axes: Axes) -> list[Tensor]:
 def rows_first(x: Tensor, axes: Axes) -> Tensor:
     """An output without a time axis as a frame tensor: the batch, which may be anywhere, comes first."""
     rows = axes.rows
+    if (
+        rows is not None and axes[rows].kinds[:1] == "N" and axes[rows].space > 1
+    ):  # of a network of one row, which has no dimension for it
+        parts: Tensor = x.unflatten(rows, (-1, axes[rows].space))
+        return parts.movedim(rows, 0).flatten(1).reshape(-1, *axes.frame)
     if not rows or axes[rows].space > 1:
         return x
     return x.movedim(rows, 0).reshape(x.shape[rows], *axes.frame)

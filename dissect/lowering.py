@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dissect.cadence import Native
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.forms import Form
 from dissect.primitives import stacked, tap
@@ -34,10 +35,8 @@ class LoweredConv(nn.Module):
         self.conv = conv
         self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
         taps = conv.taps(conv.weight.detach())
-        if isinstance(conv, TemporalConv):
-            kernels = [conv.stacked(taps)] if conv.groups == 1 else list(taps)
-        else:
-            kernels = [taps[0]]
+        whole = isinstance(conv, TemporalConv) and conv.groups == 1
+        kernels = [conv.stacked(taps)] if isinstance(conv, TemporalConv) and whole else list(taps)
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         conv.register_parameter("weight", None)
@@ -83,12 +82,12 @@ class Affine(nn.Module):
         return x * self.factor.reshape(shape) + self.shift.reshape(shape)
 
 
-def lower(stream: Stream, dtype: torch.dtype = torch.float32) -> nn.Module:
+def lower(stream: Stream | Native, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The step form of ``stream`` lowered, a :class:`fx.GraphModule`: frames and caches in, outputs and new caches out."""
     form: Form = copy.deepcopy(stream.step)
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
-    form.to(dtype) if any(p.is_floating_point() for p in form.parameters()) else None
+    module.to(dtype)  # the graph module itself: a copy of the form does not share its buffers with it
     for node in module.graph.nodes:  # a cast to the network's own precision is one to that of the step
         if dtype != torch.float64 and node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
@@ -156,15 +155,13 @@ def _value(module: fx.GraphModule, node: Any) -> Tensor | None:
 
 def fold(module: fx.GraphModule) -> None:
     """Fix every convolution's taps and fold every batch norm."""
-    lowered: dict[str, LoweredConv] = {}
     for node in list(module.graph.nodes):
         if node.op != "call_module":
             continue
         target = str(node.target)
         layer = module.get_submodule(target)
         if isinstance(layer, FrameConv) and layer.weight is not None:
-            lowered[target] = LoweredConv(layer)
-            _replace(module, target, lowered[target])
+            node.target = _replace(module, target, LoweredConv(layer))
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
             factor, shift = affine_of(layer)
             source = node.args[0]
@@ -184,7 +181,7 @@ def fold(module: fx.GraphModule) -> None:
                 node.replace_all_uses_with(source)
                 module.graph.erase_node(node)
             else:
-                _replace(module, target, Affine(factor, shift))
+                node.target = _replace(module, target, Affine(factor, shift))
 
 
 def _scores(source: Any) -> bool:
@@ -245,6 +242,14 @@ def flatten_shuffles(module: fx.GraphModule) -> None:
         node.args = (source, tuple(before.index(run) for run in runs))
 
 
-def _replace(module: nn.Module, path: str, layer: nn.Module) -> None:
+def _replace(module: nn.Module, path: str, layer: nn.Module) -> str:
+    """Put ``layer`` where the module at ``path`` was, and return its path; what the network keeps inside that one stays."""
     owner, _, leaf = path.rpartition(".")
+    children = dict(module.get_submodule(path).named_children())
+    if any(hasattr(layer, name) for name in children):
+        path, leaf = f"{path}_lowered", f"{leaf}_lowered"
+    else:
+        for name, child in children.items():
+            layer.add_module(name, child)
     setattr(module.get_submodule(owner), leaf, layer)
+    return path

@@ -13,25 +13,32 @@ from typing import TYPE_CHECKING
 import torch
 
 from dissect.holding import Hold
-from dissect.ledger import Axes, Axis, Factor, plain_axis
+from dissect.ledger import Axes, Axis, Factor, bare, plain_axis
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
 if TYPE_CHECKING:
     from dissect.rewrite import Context, Value
 
-__all__ = ["ended", "ends_met", "spread", "until"]
+__all__ = ["by_position", "ended", "ends_met", "spread", "until"]
 
 
 def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
     """The operands, where a single position meets many as one value of the clip, and where all are values of the clip, at one end."""
     values = [spread(ctx, value) if value.clock.still else value for value in values]
     sizes = [positions(value.axes) for value in values]
-    if 1 in sizes and any(size is not None and size > 1 for size in sizes):
-        since = min(
-            value.clock.delay for value, size in zip(values, sizes, strict=True) if size is not None and size > 1
-        )
-        values = [ended(ctx, value, since) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
+    longest = max((size for size in sizes if size is not None), default=1)
+    if longest > 1:
+        values = [
+            ended(ctx, value, longest)
+            if size == 1
+            else early(ctx, value, longest)
+            if size is None and once(ctx, value)
+            else value
+            for value, size in zip(values, sizes, strict=True)
+        ]
+    elif 1 in sizes and None in sizes:
+        values = [ended(ctx, value) if size == 1 else value for value, size in zip(values, sizes, strict=True)]
     if any(value.time is not None or value.clock.running for value in values):
         return list(values)
     clocks = [value.clock for value in values]
@@ -74,9 +81,43 @@ def lateness(clock: Timing, frames: int) -> list[int]:
     return [clock.last(length) - (length - 1) for length in range(1, 4 * frames + 64) if clock.length(length) > 0]
 
 
+def by_position(ctx: Context, values: Sequence[Value]) -> list[Value]:
+    """The operands; where one has an entry for each position of the clip on an axis of space (as a linear layer over time
+    gives them), and another has the positions themselves there, its entry for the newest position is taken.
+
+    The law: at the last position of a clip as long as the example, what meets is what met.
+    """
+    rank = max(len(value.shape) for value in values)
+    done = list(values)
+    for dim in range(-rank, 0):
+        timed = {
+            value.axes[dim].size
+            for value in values
+            if not value.constant and len(value.axes) >= -dim and value.axes[dim].is_time
+        }
+        for index, value in enumerate(done):
+            ended = not value.constant and value.time is None and not value.clock.running and len(value.axes) >= -dim
+            if timed != {1} and ended and value.axes[dim].plain and {value.axes[dim].size} == timed:
+                done[index] = entry(ctx, value, dim)
+    return done
+
+
+def entry(ctx: Context, value: Value, dim: int) -> Value:
+    """The last entry of a plain axis, as the entry for the newest position."""
+    dim %= len(value.axes)
+    at, count = value.axes.kept(dim), value.axes[dim].size
+    assert at is not None
+    timing = value.clock.but(pooled=value.clock.pooled | {len(ctx.rows)})
+    reason = "" if ctx.exact else "of the last positions"
+    ctx.row("the entry for the newest position", exact=ctx.exact, reason=reason, placed=True)
+    return ctx.call(torch.narrow, (value, at + 1, count - 1, 1), value.axes.replace(dim, Axis()), timing, value.dtype)
+
+
 def hold(ctx: Context, value: Value, mask: object) -> Value:
     """The value while the mask is set, then its last one."""
-    return ctx.primitive("hold", Hold(value.axes.frame), (value, mask), value.axes, value.clock.plain(), value.dtype)
+    x = ctx.reframe(value, bare(value.axes))
+    held = ctx.primitive("hold", Hold(x.axes.frame), (x, mask), x.axes, value.clock.plain(), value.dtype)
+    return ctx.reframe(held, value.axes)
 
 
 def until(ctx: Context, value: Value, time: int) -> Value:
@@ -90,8 +131,8 @@ def one_less(mask: object) -> object:
     return 1 - mask  # type: ignore[operator]
 
 
-def ended(ctx: Context, value: Value, since: int | None = None) -> Value:
-    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest, ``since`` a time."""
+def ended(ctx: Context, value: Value, count: int = 1) -> Value:
+    """The only position of a tensor as a value of the whole clip: the first frame, held, or the newest of ``count``."""
     axes = Axes(
         tuple(
             Axis(tuple(f for f in axis.factors if f.kind != "T")) if "T" in axis.kinds else axis
@@ -106,20 +147,29 @@ def ended(ctx: Context, value: Value, since: int | None = None) -> Value:
         return ctx.reframe(replace(held, timing=held.clock.but(wait=0)), axes)
     mark = frozenset({len(ctx.rows)})
     ctx.row("the newest position", exact=ctx.exact, reason="" if ctx.exact else "one for every frame")
-    early = 0 if since is None or not ctx.exact else max(0, clock.delay - max(since, 0)) // clock.stride
-    timing = clock.plain().but(
-        wait=0,
-        pooled=clock.pooled | mark,
-        delay=clock.delay - early * clock.stride,
-        length=clock.length.then(early - 1),
-    )
-    return ctx.reframe(replace(value, timing=timing), axes)
+    value = replace(value, timing=clock.plain().but(wait=0, pooled=clock.pooled | mark))
+    return ctx.reframe(early(ctx, value, count), axes)
+
+
+def once(ctx: Context, value: Value) -> bool:
+    """Whether a value of the whole clip is there at the clip's end alone, as a linear layer over all positions is."""
+    return not value.clock.running and value.clock.length(ctx.frames) == 1
+
+
+def early(ctx: Context, value: Value, count: int) -> Value:
+    """A value of the clip's end, for each of ``count`` positions that meet it: what it would be if the clip ended there."""
+    clock = value.clock
+    if not ctx.exact or count == 1:
+        return value
+    timing = clock.but(delay=clock.delay - (count - 1) * clock.stride, length=clock.length.then(count - 2))
+    return replace(value, timing=timing)
 
 
 def spread(ctx: Context, value: Value) -> Value:
     """A position that was repeated over time, for those who see its repetitions."""
     dim, count = value.axes.time, positions(value.axes)
-    assert dim is not None and count is not None
+    assert dim is not None
+    assert count is not None
     single = replace(value, axes=value.axes.replace(dim, Axis((Factor("T", 1),))), timing=value.clock.but(still=False))
     held = ended(ctx, single)
     if count == ctx.frames:

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,22 +62,57 @@ class Commands(click.Group):
             ctx.exit(1 if isinstance(error, VerificationError) else 2)
 
 
+class Shape(tuple[int, ...]):
+    """The sizes of an input, and its ``dtype`` by torch's name."""
+
+    dtype: str
+
+    def __new__(cls, sizes: Iterable[int], dtype: str = "float32") -> Shape:
+        """Sizes and dtype."""
+        made = super().__new__(cls, tuple(sizes))
+        made.dtype = dtype
+        return made
+
+
 class Shapes(click.ParamType):  # type: ignore[type-arg]
-    """One input of a network: ``1x3x16x112x112``, or a list of them, ``[1x3x8x224x224,1x3x32x224x224]``."""
+    """One input of a network: ``1x3x16x112x112``, or a list of them, ``[1x3x8x224x224,1x3x32x224x224]``.
+
+    A dtype may follow after a colon: ``1x16x27x48x3:uint8``.
+    """
 
     name = "shape"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Sizes as a tuple, or a list of such tuples."""
+        """Sizes as a :class:`Shape`, or a list of them."""
         if not isinstance(value, str):
             return value
         text = value.replace(" ", "")
         listed = text.startswith("[") and text.endswith("]")
-        parts = text[1:-1].split(",") if listed else [text]
-        if not all(re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", part) for part in parts):
-            self.fail(f"{value!r} is no shape; write the sizes of a clip with x between: 1x3x16x112x112.", param, ctx)
-        shapes = [tuple(int(size) for size in part.split("x")) for part in parts]
+        found = [_SHAPE.fullmatch(part) for part in (text[1:-1].split(",") if listed else [text])]
+        shapes = [Shape(map(int, part[1].split("x")), part[2] or "float32") for part in found if part]
+        if len(shapes) < len(found):
+            self.fail(
+                f"{value!r} is no shape; write the sizes of a clip with x between: 1x3x16x112x112, "
+                f"and a dtype other than float32 after a colon ({', '.join(_DTYPES)}): 1x16x27x48x3:uint8.",
+                param,
+                ctx,
+            )
         return shapes if listed else shapes[0]
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers above 0 with commas between: ``4,1``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The numbers as a tuple."""
+        if not isinstance(value, str):
+            return value
+        parts = value.replace(" ", "").split(",")
+        if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
+            self.fail(f"{value!r} is no list of whole numbers; write 4,1.", param, ctx)
+        return tuple(map(int, parts))
 
 
 class Setting(click.ParamType):  # type: ignore[type-arg]
@@ -114,6 +149,8 @@ class Arguments(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
+_DTYPES = ("float32", "float64", "float16", "uint8", "int64", "int32")
+_SHAPE = re.compile(rf"([1-9]\d*(?:x[1-9]\d*)+)(?::({'|'.join(_DTYPES)}))?")
 INPUT = Shapes()
 
 
@@ -189,6 +226,18 @@ def surgery(function: Function) -> Function:
             default="window",
             show_default=True,
             help="What a global pool over time becomes.",
+        ),
+        click.option(
+            "--rates",
+            type=Numbers(),
+            help="Frames from one of its own to the next, for each clip of a network with several: 4,1. [by the lengths]",
+        ),
+        click.option(
+            "--layout",
+            "layouts",
+            multiple=True,
+            help="The dimensions of an input by name, b the batch and t time: 'b t h w c', '(b t=8) c h w', "
+            "'b (t=8 c) h w', or 't b c h w' for a list of frames. Once, or once for each input (none: -).",
         ),
         click.option(
             "--fill",

@@ -49,10 +49,11 @@ _POOLS = {
 }
 
 
+_ADAPTIVE = [getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)]
 _OVER_TIME = (
     *(aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min),
     *(aten.std, aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm),
-    *[getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)],
+    *_ADAPTIVE,
 )
 
 
@@ -90,19 +91,26 @@ class _Edges(fx.Interpreter):
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
         if value is None or value.time is None or not value.axes[value.time].is_time:
-            return super().run_node(n)
+            return self.as_it_is(n)
         packet = n.target.overloadpacket
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
             return self.conv(_CONV[packet], value.time, *args, **kwargs)
         if packet in _OVER_TIME and self.ends(n, value):
             return n.target(self.newest(args[0], value), *args[1:], **kwargs)
+        if packet in _ADAPTIVE and value.time >= len(value.shape) - len(args[1]):
+            return self.adaptive(n.target, value, *args)
         if packet in _POOLS:
             x, kernel, *rest = args
-            if _spread(kernel, _POOLS[packet])[value.time - len(value.shape)] == value.shape[value.time]:
+            kernel, at = _spread(kernel, _POOLS[packet]), value.time - len(value.shape)
+            if kernel[at] == value.shape[value.time]:  # over the whole clip: over all positions there are
                 x = self.newest(x, value)
+                kernel[at] = min(kernel[at], x.shape[value.time])
             return self.pool(n.target, _POOLS[packet], value.time, x, kernel, *rest, **kwargs)
         if packet is aten.pad or packet is aten.constant_pad_nd:
+            at = 2 * (len(value.shape) - 1 - value.time) + 1
+            if at < len(args[1]) and args[1][at] < 0:  # a crop of the end
+                return self.pad(value.time, self.cut(args[0], value, self.trace.get(n.name)), *args[1:], **kwargs)
             return self.pad(value.time, *args, **kwargs)
         if packet in _TRANSPOSED:
             return self.transposed(_TRANSPOSED[packet], value.time, *args, **kwargs)
@@ -118,7 +126,21 @@ class _Edges(fx.Interpreter):
         ):
             step = args[4] if len(args) > 4 else 1
             return aten.slice(self.cut(args[0], value, self.trace.get(n.name)), value.time, None, None, step)
-        return super().run_node(n)
+        return self.as_it_is(n)
+
+    def as_it_is(self, n: fx.Node) -> Any:
+        """An operator without edges; where the clip ends in it, it sees as many positions as in the original."""
+        out = self.trace.get(n.name)
+        if out is None or out.constant or out.time is not None:
+            return super().run_node(n)
+
+        def seen(node: fx.Node) -> Any:
+            value, x = self.trace.get(node.name), self.env[node]
+            timed = value is not None and not value.constant and value.time is not None
+            return self.newest(x, value) if timed else x  # type: ignore[arg-type]
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), seen)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
         """The positions of a slice, before its step: moved edges leave them all."""
@@ -127,7 +149,8 @@ class _Edges(fx.Interpreter):
     def main(self, n: fx.Node) -> fx.Node | None:
         """Of tensors that are put together along time, the one that goes on with the stream: the others are edges."""
         if n.target in (aten.cat.default, aten.stack.default):
-            parts, dim = list(n.args[0]), n.args[1] if len(n.args) > 1 else 0  # type: ignore[arg-type]
+            parts: list[Any] = list(n.args[0])  # type: ignore[arg-type]
+            dim: Any = n.args[1] if len(n.args) > 1 else 0
         elif n.target in (aten.slice_scatter.default, aten.select_scatter.default):
             if n.target is aten.slice_scatter.default and len(n.args) > 5 and n.args[5] != 1:
                 raise Unshiftable("it writes every so many frames")
@@ -135,22 +158,24 @@ class _Edges(fx.Interpreter):
         else:
             return None
         out = self.trace.get(n.name)
-        if out is None or out.constant or not out.axes[dim % len(out.shape)].is_time:  # type: ignore[operator]
+        if out is None or out.constant or not out.axes[dim % len(out.shape)].is_time:
             return None
-        found = []
+        found: list[Any] = []
         for part in parts:
-            value = self.trace.get(part.name)  # type: ignore[union-attr]
+            value = self.trace.get(part.name)
             if (
                 value is not None
                 and not value.constant
                 and not value.clock.still
                 and len(value.shape) == len(out.shape)
             ):
-                axis = value.axes[dim]  # type: ignore[index]
+                axis = value.axes[dim]
                 found += [(axis.size, len(found), part)] if axis.is_time else []
-        if not found and out.shape[dim] != self.frames(out):  # type: ignore[index]
+        if not found and out.shape[dim] != self.frames(out):
             raise Unshiftable("it goes over a part of the clip's frames")
-        return max(found)[2] if found else None  # type: ignore[return-value]
+        if not found and len({part.target for part in parts}) > 1:
+            raise Unshiftable("it puts single frames together, its edges among them")
+        return max(found)[2] if found else None
 
     def frames(self, value: Value) -> int:
         """The positions that a value would have if nothing cut any off."""
@@ -160,13 +185,17 @@ class _Edges(fx.Interpreter):
         return -(-longest // value.clock.stride)
 
     def ends(self, n: fx.Node, value: Value) -> bool:
-        """The operator leaves one position of several."""
-        if n.target in (aten.max.dim, aten.min.dim):
-            return n.args[1] % len(value.shape) == value.time  # type: ignore[operator]
-        out = next(
-            (self.trace[node.name] for node in (n, *n.users) if node.name in self.trace), None
-        )  # itself, or its first result
-        return out is None or out.time is None or out.shape[out.time] == 1
+        """The operator leaves one position for the whole clip."""
+        packet = n.target.overloadpacket  # type: ignore[union-attr]
+        if packet in _ADAPTIVE:
+            sizes: Any = n.args[1]
+            at = value.time - (len(value.shape) - len(sizes))  # type: ignore[operator]
+            return bool(at >= 0 and sizes[at] == 1)
+        at = 2 if packet is aten.linalg_vector_norm else 1
+        dims: Any = n.args[at] if len(n.args) > at else n.kwargs.get("dim")
+        if dims is None or isinstance(dims, bool) or dims == []:
+            return True
+        return value.time in [dim % len(value.shape) for dim in ([dims] if isinstance(dims, int) else dims)]
 
     def newest(self, x: Tensor, value: Value) -> Tensor:
         """As many positions as the original has there, the newest: moved edges may leave more."""
@@ -259,6 +288,22 @@ class _Edges(fx.Interpreter):
         pads[at] = 0
         return target(x, size, step, pads, *rest)  # type: ignore[no-any-return]
 
+    def adaptive(self, target: Any, value: Value, x: Tensor, size: list[int]) -> Any:
+        """An adaptive pool as the original has it, however many positions there are now: space first, then a plain pool."""
+        time: Any = value.time
+        dims, at = len(size), time - len(value.shape) + len(size)
+        count, wanted = value.shape[time], size[at]
+        if count % wanted:
+            raise Unshiftable("an adaptive pool has bins of uneven length")
+        y = target(x, [x.shape[time] if dim == at else width for dim, width in enumerate(size)])
+        y = y[0] if isinstance(y, tuple) else y
+        kernel = [count // wanted if dim == at else 1 for dim in range(dims)]
+        maximum = "max" in str(target)
+        if count > wanted:
+            pool = getattr(aten, f"{'max' if maximum else 'avg'}_pool{dims}d").default
+            y = self.pool(pool, dims, time, y, kernel)
+        return (y, None) if maximum else y
+
     def pad(self, time: int, x: Tensor, widths: list[int], *rest: Any) -> Tensor:
         widths = list(widths)
         at = 2 * (x.dim() - 1 - time)
@@ -306,7 +351,8 @@ class Shifted(_Edges):
         past = any(node.name in self.ended for node in n.all_input_nodes)
         if past and out is not None and out.time is not None:
             raise Unshiftable("a value of the whole clip is broadcast back onto every frame")
-        if past or (out is not None and out.time is None and any(value.time is not None for value in known)):
+        steady = out is None or out.constant or out.time is not None
+        if past or (not steady and any(value.time is not None for value in known)):
             self.ended.add(n.name)
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
@@ -318,6 +364,9 @@ class Shifted(_Edges):
                 raise Unshiftable("it picks or moves frames by their number")
             if packet in _RESAMPLING and after.shape[value.time] != value.shape[value.time]:
                 raise Unshiftable("it resamples time")
+            bins = (after[0] if isinstance(after, tuple) else after).shape if "adaptive" in str(packet) else value.shape
+            if bins[value.time] not in (1, value.shape[value.time]):
+                raise Unshiftable("it pools time into as many bins as it likes, whose edges follow the clip")
             inside = len(n.args[1]) if packet is aten.layer_norm else len(value.shape) - 2  # type: ignore[arg-type]
             own = packet is not aten.instance_norm or n.args[5]
             if packet is aten._native_batch_norm_legit or (

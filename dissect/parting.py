@@ -77,7 +77,7 @@ def _original(stream: Stream, inputs: tuple[Any, ...], frames: int, model: Any) 
                 parts.setdefault(name, []).append(value.unflatten(0, (rows, -1)))
         return out
 
-    stream.chunk = recorded  # type: ignore[assignment,method-assign]
+    stream.chunk = recorded  # type: ignore[assignment]
     try:
         stream.offline(*inputs)
     finally:

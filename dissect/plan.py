@@ -39,6 +39,7 @@ class Row:
     """One node that touches time. ``kernel``, ``stride`` and ``padding`` are those in time, of the original.
 
     ``future`` says that offline every frame sees the whole clip through this node, which no stream can without waiting.
+    ``placed`` says that the original treats each position of the clip in a way of its own: to it no scene stands still.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Row:
     cache_bytes: int = 0
     macs: int = 0
     future: bool = False
+    placed: bool = False
     source: str = ""
 
 

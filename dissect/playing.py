@@ -62,6 +62,8 @@ def play(
     index, delay = _place(runner, output)
     _check_inputs(runner, preprocess)
     waiting: deque[tuple[int, float]] = deque()  # the frames whose scores are still to come
+    apart = runner.outputs[index].stride if runner.period > 1 else 1  # frames between two outputs
+    skipped = 0
     broken: VideoError | None = None
     upcoming = iter(pictures)
     while True:
@@ -80,13 +82,22 @@ def play(
         taken = (time.perf_counter() - began) * 1e3
         values = _values(result, runner, index, softmax)
         if values is not None and len(waiting) > delay:
-            yield Scores(*waiting.popleft(), values, taken)
+            yield Scores(*_after(waiting, skipped), values, taken)
+            skipped = apart - 1
     for result in runner.flush():
         values = _values(result, runner, index, softmax)
-        if values is not None and waiting:
-            yield Scores(*waiting.popleft(), values, 0.0)
+        if values is not None and len(waiting) > skipped:
+            yield Scores(*_after(waiting, skipped), values, 0.0)
+            skipped = apart - 1
     if broken is not None:
         raise broken
+
+
+def _after(waiting: deque[tuple[int, float]], skipped: int) -> tuple[int, float]:
+    """The frame that the next output belongs to: those before it have none."""
+    for _ in range(skipped):
+        waiting.popleft()
+    return waiting.popleft()
 
 
 def preprocess_of(runner: Runner) -> tuple[Preprocess, bool]:

@@ -37,7 +37,11 @@ class CacheSpec:
 
 
 class Primitive(nn.Module):
-    """A module that mixes time. Subclasses with caches return ``(value, new caches)``."""
+    """A module that mixes time. Subclasses with caches return ``(value, new caches)``.
+
+    A reader of a :class:`History` keeps what it reads as ``ages`` (a tuple, falling) or ``age``, and depends on time by
+    that alone: over a history of every other frame it is the same reader with other ages (:mod:`dissect.cadence`).
+    """
 
     #: the caches this primitive keeps, in order
     specs: tuple[CacheSpec, ...] = ()

@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate, map_arg
 from dissect import ledger
 from dissect.capturing import Captured
 from dissect.carried import carried
-from dissect.carrying import Carrying, recurring
+from dissect.carrying import FILLED, Carrying, recurring
 from dissect.errors import DissectError, Refusal
 from dissect.holding import FirstHistory
 from dissect.inputs import Inputs
@@ -115,6 +115,7 @@ class Dissected:
     trace: Mapping[str, Value]
     grain: int = 1
     doubted: frozenset[str] = frozenset()
+    home: str = "temporal"
 
     @property
     def time_dims(self) -> tuple[int | None, ...]:
@@ -147,18 +148,20 @@ class Context:
         self.temporal: set[Any] = set()
         self.heads: set[Any] = set()  # nodes where a head begins
         self.element_size = 4
-        self.grain = (
-            1  # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
-        )
+        # clip lengths that differ from the example's by a multiple of this keep what was read off its sizes
+        self.grain = 1
         self.readers = {
             captured.tensors[node.name][0]: len(node.users)
             for node in captured.graph.nodes
             if node.op == "placeholder" and node.name in captured.tensors
         }
-        self.whole: frozenset[str] = (
-            frozenset()
-        )  # products across time of which every position is wanted, not the newest alone
+        # products across time of which every position is wanted, not the newest alone
+        self.whole: frozenset[str] = frozenset()
+        self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
+        taken = {name.partition(".")[0] for name, _ in captured.tensors.values()}
+        # where primitives live: a name that no module of the network's own has
+        self.home = next(name for name in ("temporal", *map("temporal_{}".format, range(1, 99))) if name not in taken)
         self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
@@ -239,11 +242,11 @@ class Context:
         dtype: torch.dtype,
         **kwargs: Any,
     ) -> Value:
-        """Emit a primitive without parameters; it is installed under ``temporal``, named after the layer."""
+        """Emit a primitive without parameters; it is installed under ``home``, named after the layer."""
         return self.module(self.free(name), module, args, axes, timing, dtype, **kwargs)
 
     def free(self, name: str) -> str:
-        stem = f"temporal.{(self.path or 'top').replace('.', '_')}_{name}"
+        stem = f"{self.home}.{(self.path or 'top').replace('.', '_')}_{name}"
         path, count = stem, 1
         while path in self._installed:
             count += 1
@@ -365,17 +368,7 @@ class Context:
                 continue
             at = dim - pad
             if not set(axis.kinds) <= {"S", "K"} and tensor.shape[at] > 1:
-                if axis.space > 1:
-                    raise Refused("a constant over an axis that merges time with space")
-                if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
-                    raise Refused(
-                        "a constant that differs from frame to frame of the clip (a position in the clip has no meaning in a stream)"
-                        if "T" in axis.kinds
-                        else "a constant that differs from row to row of the batch",
-                        clipwise="T" in axis.kinds,
-                    )
-                node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
-                tensor = tensor.narrow(at, 0, 1)
+                tensor, node = self.shared(tensor, node, at, axis)
             if not axis.dropped:
                 shape.append(tensor.shape[at])
         while shape and shape[0] == 1 and len(shape) > 1:
@@ -383,6 +376,33 @@ class Context:
         if tensor.dim() and tuple(tensor.shape) != tuple(shape):
             node = self.graph.call_function(torch.reshape, (node, tuple(shape)))
         return replace(value, node=node, tensor=tensor)
+
+    def shared(self, tensor: Tensor, node: fx.Node, dim: int, axis: Axis) -> tuple[Tensor, fx.Node]:
+        """A constant over an axis that carries batch or time: what all rows and frames have in common of it.
+
+        Refuses one that differs between them.
+        """
+        sizes = [factor.size for factor in axis.factors]
+        before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+        if len(sizes) > 1:
+            tensor = tensor.reshape(*before, *sizes, *after)
+            node = self.graph.call_function(torch.reshape, (node, tuple(tensor.shape)))
+        for index, factor in enumerate(axis.factors):
+            if factor.inner or factor.size == 1:
+                continue
+            at = dim + index
+            if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+                where = "frame to frame of the clip (a position in the clip has no meaning in a stream)"
+                raise Refused(
+                    f"a constant that differs from {where if factor.kind == 'T' else 'row to row of the batch'}",
+                    clipwise=factor.kind == "T",
+                )
+            tensor = tensor.narrow(at, 0, 1)
+            node = self.graph.call_function(torch.narrow, (node, at, 0, 1))
+        if len(sizes) > 1:
+            tensor = tensor.reshape(*before, axis.space, *after)
+            node = self.graph.call_function(torch.reshape, (node, tuple(tensor.shape)))
+        return tensor, node
 
     # -- time
 
@@ -422,6 +442,7 @@ class Context:
             return spread(self, value)
         if clock.first:
             value = self.delay(value, -clock.delay)
+            value = replace(value, timing=value.clock.but(first=False))
         late = self.delay(value, clock.wait)
         return late if self.exact else replace(late, timing=late.clock.but(delay=clock.delay, wait=0))
 
@@ -435,7 +456,7 @@ class Context:
         ):
             row = self.rows[index]
             reason = "window of the past, broadcast back onto every frame"
-            if self.exact:
+            if self.exact and index in self.waitable:
                 reason += f"; --set '{row.path}: wait=true' buys exactness with delay"
             self.rows[index] = replace(row, verdict="approximate", reason=reason, future=True)
 
@@ -481,18 +502,20 @@ class Context:
         if frames == 0 or value.constant:
             return value
         source = self._gates.get(gated(value, 0.0), value)
-        history = self._history(source, frames)
+        bare = ledger.bare(value.axes)
+        history = self._history(self.reframe(source, bare), frames)
         clock = value.clock
         timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
         axes = value.axes.windowed(lambda window: replace(window, lag=window.lag + frames))
-        return self.primitive("delay", Tap(frames, scalar=not value.axes.frame), (history,), axes, timing, value.dtype)
+        tap = Tap(frames, scalar=not bare.frame)
+        return self.reframe(self.primitive("delay", tap, (history,), bare, timing, value.dtype), axes)
 
     def ask(self, query: Query) -> fx.Node:
         """The clock's answer to a question, ``(rows,)``."""
         if self.clock is None:
             clock = Clock()
             assert self.like is not None
-            node = self.graph.call_module(self.install("temporal.clock", clock), (self.like,))
+            node = self.graph.call_module(self.install(f"{self.home}.clock", clock), (self.like,))
             node.meta["path"] = "clock"
             self.clock = (clock, node)
         index = self.clock[0].ask(query)
@@ -546,7 +569,7 @@ class Context:
         timing = clock.plain()
         facts: dict[str, Any] = {"kernel": count or clock.length(self.frames), "stride": stride}
         if policy == "none" or (policy == "window" and positions == 1):
-            exact = policy == "window" and not given and not clock.removed > 1
+            exact = policy == "window" and not given
             why = "" if exact else "every frame for itself"
             self.row("per frame", exact=exact, reason=why, **facts)
             return replace(value, axes=axes, timing=timing)
@@ -574,6 +597,7 @@ class Context:
         exact = self.exact and not given
         if not wait:
             timing = timing.but(pooled=frozenset({len(self.rows)}))
+            self.waitable.add(len(self.rows))
         note = f"window of {positions}" + (f" at stride {stride}" if stride > 1 else "")
         if kind in ("max", "min"):
             masks = () if clock.nonneg and kind == "max" else tuple(self.inside(clock, age) for age in ages)
@@ -683,19 +707,6 @@ def path_of(node: fx.Node, captured: Captured) -> str:
     return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
 
 
-#: take nothing but the size of what they read: no branch begins or ends there
-_SHAPED = {
-    torch.ops.aten.zeros_like.default,
-    torch.ops.aten.ones_like.default,
-    torch.ops.aten.full_like.default,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.new_zeros.default,
-    torch.ops.aten.new_ones.default,
-    torch.ops.aten.new_full.default,
-    torch.ops.aten.new_empty.default,
-}
-
-
 def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[Any]]:
     aten = torch.ops.aten
     active: dict[Any, list[Any]] = {}
@@ -704,16 +715,16 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
         if node.op == "placeholder":
             if node.name in captured.inputs:
                 active[node] = []
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target not in FILLED:
             reads = [arg for arg in dict.fromkeys(node.all_input_nodes) if arg in active]
-            if not reads or node.target in _SHAPED:
+            if not reads:
                 continue
             active[node] = reads
             shape = getattr(node.meta.get("val"), "shape", None)
             wide = [arg for arg in reads if getattr(arg.meta.get("val"), "shape", None) is not None]
-            if len(wide) > 1 and node.target in (aten.add.Tensor, aten.cat.default):
-                if node.target is aten.cat.default or all(arg.meta["val"].shape == shape for arg in wide):
-                    merges.append(node)
+            sums = node.target is aten.add.Tensor and all(arg.meta["val"].shape == shape for arg in wide)
+            if len(wide) > 1 and (sums or node.target is aten.cat.default):
+                merges.append(node)
             before = getattr(wide[0].meta["val"], "shape", ()) if wide else ()
             if (
                 shape is not None
@@ -742,11 +753,14 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
             break
         work = carried(work, chains[0])
     done = _walk(work, options, inputs)
-    if (
-        done.doubted and not done.refusals
-    ):  # more than the newest position's attention is read: perhaps that of a whole window will do
-        again = _walk(work, options, inputs, done.doubted)
-        done = again if not again.refusals and all(row.verdict == "exact" for row in again.rows) else done
+    whole: frozenset[str] = frozenset()
+    again = done
+    while again.doubted - whole and not again.refusals:
+        # More than the newest position is read of what was made of a whole window: perhaps windows all along will do.
+        whole |= again.doubted
+        again = _walk(work, options, inputs, whole)
+    if not again.refusals and all(row.verdict == "exact" for row in again.rows):
+        done = again
     return replace(done, captured=captured)
 
 
@@ -819,6 +833,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         frozenset(
             name for name, rows in ctx.matrices.items() if ctx.exact and any(ctx.rows[row].future for row in rows)
         ),
+        ctx.home,
     )
 
 

@@ -15,16 +15,17 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dissect.binding import BoundStep, checked
-from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec, pack
+from dissect.binding import BoundStep
+from dissect.contract import CacheSpec, InputSpec, OutputSpec, pack
 from dissect.errors import StreamError
-from dissect.sessions import Provider, fingerprint, open_session
+from dissect.opening import open_step
+from dissect.sessions import Provider
+from dissect.tensors import checked
 
 __all__ = ["Runner", "Snapshot"]
 
@@ -49,10 +50,11 @@ class Runner:
         batch: how many streams run side by side.
         providers: ONNX Runtime's providers, best first, by full or short name (``"cuda"``); None takes CUDA where it
             works, else the CPU. A provider that does not load costs one warning.
-        threads: threads of one operator; None takes one for each core, 1 where the cores have other work. They spin
-            during a step and sleep between steps, so that a camera's pauses cost nothing.
+        threads: threads of one operator; None takes one for each core, 1 where the cores have other work.
+        spin: whether threads that wait for work spin. None: during a step, and sleep between steps, so that a
+            camera's pauses cost nothing. True: always, for frames without pauses. False: never, for busy machines.
         options: an ``onnxruntime.SessionOptions``, taken as it is, or a mapping of session configuration entries, as
-            ``{"session.intra_op.allow_spinning": "0"}`` for threads that never spin.
+            ``{"session.disable_prepacking": "1"}``.
 
     Raises :class:`dissect.StreamError` for a file that is missing, no ONNX, no step model, or of a newer format.
     A runner is not thread-safe: one thread steps it at a time.
@@ -65,19 +67,19 @@ class Runner:
         providers: str | Sequence[Provider] | None = None,
         threads: int | None = None,
         options: Any = None,
+        spin: bool | None = None,
     ) -> None:
         if batch < 1:
             raise StreamError(f"batch={batch}: a runner holds at least one stream.")
-        self._session = open_session(path_or_bytes, providers, threads, options)
-        self._metadata: Mapping[str, str] = MappingProxyType(dict(self._session.get_modelmeta().custom_metadata_map))
-        name = "The model" if isinstance(path_or_bytes, bytes) else os.fspath(path_or_bytes)
-        self._contract = Contract.from_metadata(self._metadata, name)
-        self._model = fingerprint(path_or_bytes)
-        self._bound = BoundStep(self._session, self._contract, batch)
+        self._opened = open_step(path_or_bytes, providers, threads, options, spin)
+        self._contract = self._opened.contract
+        self._bound = BoundStep(self._opened, batch)
+        phases = range(self._contract.period)
+        self._due = [[self._contract.output_due(spec, phase) for spec in self.outputs] for phase in phases]
         self._delays = np.array([[output.delay] for output in self._contract.outputs], np.int64)
         self._frames = np.zeros(batch, np.int64)
-        self._exists = np.zeros((len(self._contract.outputs), batch), bool)
-        self._all_exist = False
+        self._seen = np.zeros((len(self._contract.outputs), batch), bool)  # rows that have seen an output's first frame
+        self._all_seen = False
 
     # What the model is.
 
@@ -100,6 +102,16 @@ class Runner:
     def stride(self) -> int:
         """Frames between two of the offline network's outputs."""
         return self._contract.stride
+
+    @property
+    def cadence(self) -> str:
+        """``"every"``: an output at each frame. ``"native"``: those of the offline network alone."""
+        return self._contract.cadence
+
+    @property
+    def period(self) -> int:
+        """Frames after which it repeats which layers are due; 1 where all of them are at every frame."""
+        return self._contract.period
 
     @property
     def preset(self) -> str:
@@ -139,12 +151,12 @@ class Runner:
     @property
     def metadata(self) -> Mapping[str, str]:
         """The file's metadata as they stand there, other programs' entries included."""
-        return self._metadata
+        return self._opened.metadata
 
     @property
     def providers(self) -> list[str]:
         """The providers that the session runs with, best first."""
-        return list(self._session.get_providers())
+        return list(self._opened.sessions[0].get_providers())
 
     # Where the streams are.
 
@@ -161,12 +173,14 @@ class Runner:
     @property
     def ready(self) -> NDArray[np.bool_]:
         """Which rows have a real output in the last result, ``(batch,)``; the other rows of it mean nothing."""
-        return np.asarray(self._exists.any(axis=0))
+        return np.asarray(self.exists.any(axis=0))
 
     @property
     def exists(self) -> NDArray[np.bool_]:
         """Which rows are real in each output of the last result, ``(outputs, batch)``: outputs may differ in delay."""
-        return self._exists.copy()
+        due = np.array(self._due[(self._bound.turn - 1) % self.period])
+        real: NDArray[np.bool_] = np.logical_and(self._seen, due[:, None])
+        return real
 
     def __repr__(self) -> str:
         return (
@@ -182,8 +196,8 @@ class Runner:
         A frame is an array of ``inputs[i].shape``, ``(batch, ...)``; with ``batch=1`` the first axis may lack. It is
         converted within its kind (float64 to float32), never between kinds: bytes are not normalised pixels.
         The result is an array ``(batch, ...)``, or the model's structure of arrays (tuples and dicts); None while no
-        row has an output yet. An output that exists in no row is None in the structure; for rows that are at
-        different times see :attr:`ready`.
+        row has an output yet, and, in the native cadence, at frames without a position. An output that exists in no
+        row is None in the structure; for rows that are at different times see :attr:`ready`.
         With ``copy=False`` the arrays are the runner's own: read only, and overwritten by the next step but one.
 
         Raises :class:`dissect.StreamError` for a frame of the wrong shape or kind; the streams then stay as they are.
@@ -199,12 +213,12 @@ class Runner:
             target.fill(array)
         self._bound.run()
         self._frames += 1
-        if not self._all_exist:
-            np.greater(self._frames, self._delays, out=self._exists)
-            self._all_exist = bool(self._exists.all())
-        return self._result(
-            self._bound, [bool(row.any()) for row in self._exists] if not self._all_exist else None, copy
-        )
+        due = self._due[(self._bound.turn - 1) % self.period]
+        if not self._all_seen:
+            np.greater(self._frames, self._delays, out=self._seen)
+            self._all_seen = bool(self._seen.all())
+            due = [there and bool(row.any()) for there, row in zip(due, self._seen, strict=True)]
+        return self._result(self._bound, due, copy)
 
     def flush(self, row: int | None = None) -> list[Any]:
         """Ends streams: the outputs that are still inside, in order, as from :meth:`step`; then a fresh start.
@@ -217,6 +231,7 @@ class Runner:
         Raises :class:`dissect.StreamError` where rows have seen different numbers of frames.
         """
         rows = self._rows(row)
+        self._check_phase(rows, 0)
         if row is not None and len(rows) != 1:
             raise StreamError(f"flush(row={row!r}): give one row, or None for all of them.")
         frames = int(self._frames[rows[0]])
@@ -231,22 +246,29 @@ class Runner:
             self.reset(rows)
 
     def reset(self, rows: Rows | None = None) -> None:
-        """Makes ``rows`` (None: all) fresh streams at frame 0, at a scene cut or for a new camera; no trace is left."""
-        chosen = self._rows(rows)
+        """Makes ``rows`` (None: all) fresh streams at frame 0, at a scene cut or for a new camera; no trace is left.
+
+        In the native cadence the rows of a batch share their phase: raises :class:`dissect.StreamError` for some of
+        them in the middle of a period.
+        """
+        chosen = np.unique(self._rows(rows))
+        self._check_phase(chosen, 0)
         self._bound.clear(chosen)
         self._restart(chosen, 0)
 
     def snapshot(self, rows: Rows | None = None) -> Snapshot:
         """A copy of the streams in ``rows`` (None: all), to go back to or to move elsewhere with :meth:`restore`."""
         chosen = self._rows(rows)
-        return Snapshot(self._model, tuple(chosen.tolist()), self._frames[chosen], tuple(self._bound.read(chosen)))
+        return Snapshot(
+            self._opened.fingerprint, tuple(chosen.tolist()), self._frames[chosen], tuple(self._bound.read(chosen))
+        )
 
     def restore(self, snapshot: Snapshot, rows: Rows | None = None) -> None:
         """Puts the streams of ``snapshot`` into ``rows``, in order (None: the rows that they were taken from).
 
         Raises :class:`dissect.StreamError` if the snapshot is another model's or its size is not that of ``rows``.
         """
-        if snapshot.model != self._model:
+        if snapshot.model != self._opened.fingerprint:
             raise StreamError(
                 "The snapshot was taken from another model; caches fit only the file that they came from."
             )
@@ -255,7 +277,12 @@ class Runner:
             raise StreamError(
                 f"The snapshot holds {len(snapshot.rows)} stream(s), and {len(chosen)} row(s) were named."
             )
-        self._bound.write(chosen, snapshot.caches)
+        phases = {int(frames) % self.period for frames in snapshot.frames}
+        if len(phases) > 1:
+            raise StreamError("The streams of the snapshot are at different phases, which one batch cannot be.")
+        for phase in phases:
+            self._check_phase(np.unique(chosen), phase)
+            self._bound.write(chosen, snapshot.caches, phase)
         self._restart(chosen, snapshot.frames)
 
     def _drain(self, rows: NDArray[np.intp], frames: int) -> list[Any]:
@@ -274,7 +301,7 @@ class Runner:
         if len(rows) < self.batch:
             # Beside the batch, not in it: the other rows' caches must not see these steps.
             caches = bound.read(rows)
-            bound, rows = BoundStep(self._session, self._contract, 1), np.arange(1)
+            bound, rows = BoundStep(self._opened, 1, frames % self.period), np.arange(1)
             bound.write(rows, caches)
         bound.copy_one(age, length)
         for target, spec in zip(bound.frames, self.inputs, strict=True):
@@ -283,24 +310,39 @@ class Runner:
         results: list[Any] = []
         for time in range(frames, last + 1):
             bound.run()
-            real = [output.delay <= time <= end for output, end in zip(self.outputs, ends, strict=True)]
-            if any(real):  # a stream shorter than the delay has steps before its first output
-                results.append(self._result(bound, real, copy=True))
+            due = self._due[time % self.period]
+            real = [
+                there and output.delay <= time <= end
+                for there, output, end in zip(due, self.outputs, ends, strict=True)
+            ]
+            result = self._result(bound, real, copy=True)
+            if result is not None:  # a stream shorter than the delay has steps before its first output
+                results.append(result)
         return results
 
-    def _result(self, bound: BoundStep, real: list[bool] | None, copy: bool) -> Any:
-        """The outputs of the last run; ``real`` says which of them exist at all (None: each)."""
-        if real is not None and not any(real):
+    def _result(self, bound: BoundStep, real: list[bool], copy: bool) -> Any:
+        """The outputs of the last run; ``real`` says which of them exist at all."""
+        if not any(real):
             return None
-        leaves: list[NDArray[Any] | None] = [array.copy() if copy else array for array in bound.results]
-        if real is not None:
-            leaves = [leaf if there else None for leaf, there in zip(leaves, real, strict=True)]
+        leaves = [
+            (array.copy() if copy and array is not None else array) if there else None
+            for array, there in zip(bound.results, real, strict=True)
+        ]
         return pack(self._contract.structure, leaves)
+
+    def _check_phase(self, rows: NDArray[np.intp], phase: int) -> None:
+        """Raises where ``rows``, unless they are all, would be at another phase than the others."""
+        now = self._bound.turn % self.period
+        if len(rows) < self.batch and now != phase:
+            raise StreamError(
+                f"The rows of a batch share their phase in a native cadence of {self.period} frames, and they are at "
+                f"frame {now} of it, not {phase}: take all rows, or step {(phase - now) % self.period} more frames first."
+            )
 
     def _restart(self, rows: NDArray[np.intp], frames: NDArray[np.int64] | int) -> None:
         self._frames[rows] = frames
-        self._exists[:, rows] = False
-        self._all_exist = False
+        self._seen[:, rows] = False
+        self._all_seen = False
 
     def _rows(self, rows: Rows | None) -> NDArray[np.intp]:
         every = np.arange(self.batch)

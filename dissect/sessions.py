@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 from dissect.errors import StreamError
 
-__all__ = ["Home", "Provider", "fingerprint", "home_of", "open_session"]
+__all__ = ["Home", "Provider", "fingerprint", "home_of", "loaded", "open_session"]
 
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -40,12 +40,19 @@ _IN_HOST_MEMORY = (
     "XnnpackExecutionProvider",
 )
 _WARNING, _SILENT = 2, 4
+#: what becomes of threads without work: see the module's docstring for what each costs
+_SPIN: dict[bool | None, dict[str, str]] = {
+    None: {"session.force_spinning_stop": "1"},
+    True: {},
+    False: {"session.intra_op.allow_spinning": "0"},
+}
 
 
 @dataclass(frozen=True)
 class Home:
     """Where a session's frames and caches live, and whether inputs must be bound anew before each run.
 
+    ``graphs``: the provider records CUDA graphs, one for each set of buffers that it is run with.
     ONNX Runtime copies an input that its graph reads elsewhere (an age that is read on the CPU beside a GPU) when it
     is *bound*, not when it is run: bound once, such a cache would stay what it was. Binding anew costs under a
     microsecond an input, and nothing is copied that is in its place.
@@ -55,14 +62,19 @@ class Home:
     index: int = 0
     resident: bool = False
     rebind: bool = False
+    graphs: bool = False
 
 
 def home_of(session: Any) -> Home:
     """The home of ``session``'s frames and caches, by its first provider."""
     first = session.get_providers()[0]
     if first in _ON_CUDA:
-        index = int(session.get_provider_options().get(first, {}).get("device_id", 0))
-        return Home("cuda", index, resident=True, rebind=True)
+        options = session.get_provider_options().get(first, {})
+        graphs = str(options.get("enable_cuda_graph", options.get("trt_cuda_graph_enable", "0"))).lower() in (
+            "1",
+            "true",
+        )
+        return Home("cuda", int(options.get("device_id", 0)), resident=True, rebind=True, graphs=graphs)
     return Home(rebind=first not in _IN_HOST_MEMORY)
 
 
@@ -71,6 +83,8 @@ def open_session(
     providers: str | Sequence[Provider] | None = None,
     threads: int | None = None,
     options: Any = None,
+    spin: bool | None = None,
+    folder: str | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` of ``model``, a path or the bytes of an ONNX file.
 
@@ -79,9 +93,11 @@ def open_session(
     costs one warning, or nothing where it was not asked for and the machine has no NVIDIA device.
     ``threads``: threads of one operator; None leaves it to ONNX Runtime, a thread for each core.
     ``options``: an ``onnxruntime.SessionOptions`` taken as it is, or a mapping of session configuration entries.
+    ``spin``: whether threads that wait for work spin: None during a step alone, True always, False never.
+    ``folder``: where the weights of bytes lie that keep them in a file of their own.
 
-    Raises :class:`StreamError` for a file that is missing or no ONNX, for an unknown provider, and for ``threads``
-    beside a ``SessionOptions``.
+    Raises :class:`StreamError` for a file that is missing or no ONNX, for an unknown provider, and for ``threads`` or
+    ``spin`` beside a ``SessionOptions``.
     """
     name = "The given bytes" if isinstance(model, bytes) else f"{os.fspath(model)!r}"
     if not isinstance(model, bytes) and not os.path.isfile(model):
@@ -91,7 +107,9 @@ def open_session(
     if not asked and CUDA in ort.get_available_providers() and _cuda_devices() > 0:
         wanted = [(CUDA, {})]
     wanted = [entry for entry in wanted if entry[0] != CPU]
-    settings = _settings(threads, options)
+    settings = _settings(threads, options, spin)
+    if folder is not None:
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     session, reason = _open(model, name, settings, wanted)
     missing = [provider for provider, _ in wanted if provider not in session.get_providers()]
     if missing:
@@ -103,6 +121,15 @@ def open_session(
             f"{', '.join(missing)} cannot be used ({reason}); running with {loaded}.", RuntimeWarning, stacklevel=3
         )
     return session
+
+
+def loaded(session: Any, providers: str | Sequence[Provider] | None) -> Sequence[Provider]:
+    """Those of the ``providers`` that were asked for with which ``session`` runs, for another session beside it."""
+    running = session.get_providers()
+    if providers is None:
+        return list(running)
+    named = _named([providers] if isinstance(providers, str) else list(providers))
+    return [entry for entry in named if entry[0] in running] or [CPU]
 
 
 def fingerprint(model: str | os.PathLike[str] | bytes) -> str:
@@ -172,14 +199,16 @@ def _named(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
     return named
 
 
-def _settings(threads: int | None, options: Any) -> Any:
+def _settings(threads: int | None, options: Any, spin: bool | None) -> Any:
     if isinstance(options, ort.SessionOptions):
         if threads is not None:
             raise StreamError("threads beside a SessionOptions: set options.intra_op_num_threads instead.")
+        if spin is not None:
+            raise StreamError("spin beside a SessionOptions: set its entry session.intra_op.allow_spinning instead.")
         return options
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors; a step model's warnings concern nobody who runs it
-    entries = {"session.force_spinning_stop": "1"}
+    entries = dict(_SPIN[spin])
     if isinstance(options, Mapping):
         entries |= {str(key): str(value) for key, value in options.items()}
     elif options is not None:

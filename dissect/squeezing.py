@@ -1,14 +1,16 @@
-"""Squeezing: a step without dimensions of size 1 that only make its tensors rank 5.
+"""Squeezing: a step without tensors of rank 5.
 
 Where time has ended but its dimension stays (a global pool before a 1x1x1 convolution, as in squeeze-excitation), a
 frame is ``(B, C, 1, 1, 1)``. The pass drops as many of the ones as rank 4 takes, and with them the third dimension of
-the convolutions in between. The law: every value is what it was, reshaped. An operator that it does not know gets
-its operands in their own shapes.
+the convolutions in between. Where a frame holds a window of feature maps, ``(B, C, K, H, W)``, there are no ones, and
+its last two dimensions become one. The law: every value is what it was, reshaped. An operator that the pass does not
+know gets its operands in their own shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -16,14 +18,22 @@ from torch import Tensor, fx, nn
 
 from dissect.converters.pooling import adaptive_space
 from dissect.lowering import Affine, LoweredConv
+from dissect.windows import filled, share
 
 __all__ = ["squeeze"]
 
 RANK = 4
 _ELEMENTWISE = {torch.mul, torch.div, torch.add, torch.sub}
 _PARTS = {torch.ops.aten.slice.Tensor, torch.narrow}
+_NORMALISED = {torch.softmax, torch.log_softmax}
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin}
+MERGED = -1  # in a Drop: the last two dimensions are one
 Drop = tuple[int, ...]
+
+
+def moved(dim: int, drop: Drop) -> int:
+    """Where a dimension stands once those of ``drop`` are gone."""
+    return dim - sum(0 <= gone < dim for gone in drop)
 
 
 class _Shapes(fx.Interpreter):
@@ -75,13 +85,19 @@ class _Squeeze:
     def without(self, node: fx.Node, drop: Drop) -> tuple[int, ...]:
         """Its shape without ``drop``, for any batch."""
         left = [size for dim, size in enumerate(self.shapes[node]) if dim not in drop]
+        if MERGED in drop:
+            left[-2:] = [left[-2] * left[-1]]
         return tuple(left) if 0 in drop else (-1, *left[1:])
 
     def spare(self, node: fx.Node, not_these: Sequence[int] = ()) -> Drop:
-        """The dimensions to drop: ones, from the front, as many as are too many."""
+        """The dimensions to drop: ones, from the front, as many as are too many; or else the last two as one."""
         shape = self.shapes[node]
-        ones = [dim for dim in range(2, len(shape)) if shape[dim] == 1 and dim not in not_these]
-        return tuple(ones[: max(0, len(shape) - RANK)])
+        rank = len(shape)
+        ones = [dim for dim in range(2, rank) if shape[dim] == 1 and dim not in not_these]
+        drop = tuple(ones[: max(0, rank - RANK)])
+        if rank - len(drop) == RANK + 1 and not {rank - 2, rank - 1} & {*drop, *not_these}:
+            return (MERGED, *drop)
+        return drop
 
     def rewritten(self, node: fx.Node) -> Drop | None:
         """Emit ``node`` squeezed and say what it lost; None where it stays as it is."""
@@ -100,10 +116,21 @@ class _Squeeze:
             return None
         if node.target in _ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return self.copied(node, self.spare(node))
+        if node.target is filled:
+            return self.first(node, self.spare(node))
+        if node.target is share:
+            like = node.args[2]
+            assert isinstance(like, fx.Node)
+            self.made[node] = self.graph.node_copy(
+                node, lambda arg: self.of(arg, self.spare(arg) if arg is like else ())
+            )
+            return self.spare(node)
         if node.target is torch.cat:
             return self.cat(node)
-        if node.target in _PARTS and isinstance(node.args[1], int):
+        if node.target in (*_PARTS, *_NORMALISED) and isinstance(node.args[1], int):
             return self.part(node, node.args[1])
+        if node.target is torch.select and isinstance(node.args[1], int):
+            return self.selected(node, node.args[1])
         if node.target in _REDUCTIONS and len(node.args) > 2:
             return self.reduced(node)
         if node.target is adaptive_space:
@@ -112,13 +139,28 @@ class _Squeeze:
 
     def copied(self, node: fx.Node, drop: Drop) -> Drop:
         """The same operator on squeezed operands; those of a lower rank stand at the end, as they broadcast."""
-        rank = len(self.shapes[node])
+        shape = self.shapes[node]
 
         def operand(arg: fx.Node) -> fx.Node:
-            skip = rank - len(self.shapes.get(arg, ()))
-            return self.of(arg, tuple(dim - skip for dim in drop if dim >= skip))
+            own = self.shapes.get(arg, ())
+            skip = len(shape) - len(own)
+            gone = tuple(dim - skip for dim in drop if dim >= skip)
+            if MERGED not in drop or prod(own[-2:]) == 1:
+                return self.of(arg, (MERGED, *gone) if MERGED in drop and len(own) > 1 else gone)
+            if own[-2:] == shape[-2:]:
+                return self.of(arg, (MERGED, *gone))
+            ones = tuple(dim for dim in range(2, len(own) - 2) if own[dim] == 1)
+            sizes = (*[-1] * (len(own) - 2 - len(ones)), *shape[-2:])
+            wide = self.graph.call_function(torch.Tensor.expand, (self.of(arg, ones), sizes))
+            flat = self.without(arg, gone)[:-2] if len(own) > 1 else ()
+            return self.graph.call_function(torch.reshape, (wide, (*flat, shape[-2] * shape[-1])))
 
         self.made[node] = self.graph.node_copy(node, operand)
+        return drop
+
+    def first(self, node: fx.Node, drop: Drop) -> Drop:
+        """The same operator on its squeezed first operand, whose shape it keeps; the others as they are."""
+        self.made[node] = self.graph.node_copy(node, lambda arg: self.of(arg, drop if arg is node.args[0] else ()))
         return drop
 
     def layer(self, node: fx.Node, layer: nn.Module) -> Drop | None:
@@ -131,22 +173,21 @@ class _Squeeze:
         if not isinstance(layer, LoweredConv) or layer.ages is not None or layer.conv.transposed:
             return None
         conv, kernels = layer.conv, layer.kernels
-        trivial = [
-            dim
-            for dim in range(2, len(before))
-            if before[dim] == after[dim] == kernels[0].shape[dim] == 1
-            and (conv.stride[dim - 2], conv.padding[dim - 2]) == (1, (0, 0))
-        ]
-        drop = tuple(trivial[: len(before) - RANK])
+        ones = [dim for dim in range(2, len(before)) if before[dim] == after[dim] == 1]
+        drop = tuple(ones[: len(before) - RANK])
         if len(before) - len(drop) > RANK:
             return None
+        for index, kernel in enumerate(kernels):  # of one position, one tap meets it, the others its padding
+            for dim in drop:
+                tap, step = divmod(conv.padding[dim - 2][0], conv.dilation[dim - 2])
+                met = kernel.narrow(dim, min(tap, kernel.shape[dim] - 1), 1)
+                kernel = met if step == 0 and tap < kernel.shape[dim] else torch.zeros_like(met)
+            shape = [size for dim, size in enumerate(kernel.shape) if dim not in drop]
+            kernels[index] = nn.Parameter(kernel.detach().reshape(shape).clone(), requires_grad=False)
         kept = [dim - 2 for dim in range(2, len(before)) if dim not in drop]
         conv.stride = tuple(conv.stride[dim] for dim in kept)
         conv.padding = tuple(conv.padding[dim] for dim in kept)
         conv.dilation = tuple(conv.dilation[dim] for dim in kept)
-        for index, kernel in enumerate(kernels):
-            shape = [size for dim, size in enumerate(kernel.shape) if dim not in drop]
-            kernels[index] = nn.Parameter(kernel.detach().reshape(shape), requires_grad=False)
         return self.copied(node, drop)
 
     def cat(self, node: fx.Node) -> Drop | None:
@@ -155,15 +196,27 @@ class _Squeeze:
             return None
         drop = self.spare(node, (dim,))
         new = [self.of(part, drop) for part in parts if isinstance(part, fx.Node)]
-        self.made[node] = self.graph.call_function(torch.cat, (new, dim - sum(gone < dim for gone in drop)))
+        self.made[node] = self.graph.call_function(torch.cat, (new, moved(dim, drop)))
         return drop
 
     def part(self, node: fx.Node, dim: int) -> Drop:
         drop = self.spare(node, (dim,))
         self.copied(node, drop)
         source, _, *rest = self.made[node].args
-        self.made[node].args = (source, dim - sum(gone < dim for gone in drop), *rest)
+        self.made[node].args = (source, moved(dim, drop), *rest)
         return drop
+
+    def selected(self, node: fx.Node, dim: int) -> Drop | None:
+        """One entry of a dimension: of one that is dropped, there is no other."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
+        drop = self.spare(source, [at for at in (dim,) if self.shapes[source][at] > 1])
+        value = self.of(source, drop)
+        if dim not in drop:
+            value = self.graph.call_function(torch.select, (value, moved(dim, drop), node.args[2]))
+        self.made[node] = value
+        return tuple(gone - (gone > dim) for gone in drop if gone != dim)
 
     def reduced(self, node: fx.Node) -> Drop | None:
         source, dims, keepdim = node.args[:3]
@@ -172,15 +225,33 @@ class _Squeeze:
         before = self.shapes[source]
         rank = len(before)
         over = {int(dim) % rank for dim in dims if isinstance(dim, int)}
-        drop = self.spare(source)
-        left = [dim - sum(gone < dim for gone in drop) for dim in sorted(over - set(drop))]
+        last = {rank - 2, rank - 1} & over
+        if len(last) == 1 and len(over) > 1 and MERGED in self.spare(source):  # all others first, then that one
+            first = self.graph.call_function(node.target, (source, sorted(over - last), True))  # type: ignore[arg-type]
+            self.shapes[first] = tuple(1 if dim in over - last else size for dim, size in enumerate(before))
+            kept = self.reduced(first)
+            assert kept is not None
+            self.drops[first] = kept
+            shape = tuple(size for dim, size in enumerate(self.shapes[first]) if dim not in over - last)
+            rows = self.graph.call_function(torch.reshape, (self.made[first], (-1, *shape[1:])))
+            at = [dim - sum(gone < dim for gone in over - last) for dim in last]
+            made = self.graph.call_function(node.target, (rows, at, keepdim))  # type: ignore[arg-type]
+            self.graph.erase_node(first)
+            if keepdim:
+                made = self.graph.call_function(torch.reshape, (made, self.without(node, self.spare(node))))
+            self.made[node] = made
+            return self.spare(node) if keepdim else ()
+        drop = self.spare(source, () if len(last) != 1 else (rank - 1,))
+        merged = MERGED in drop
+        left = [moved(dim, drop) for dim in sorted(over - set(drop)) if not merged or dim != rank - 1]
         value = self.of(source, drop)
         made = self.graph.call_function(node.target, (value, left, keepdim)) if left else value  # type: ignore[arg-type]
         if keepdim:
             self.made[node] = made
             return drop
         shape = self.without(node, ())
-        self.made[node] = self.graph.call_function(torch.reshape, (made, shape)) if set(drop) - over else made
+        changed = {gone for gone in drop if gone != MERGED} - over or (merged and not last)
+        self.made[node] = self.graph.call_function(torch.reshape, (made, shape)) if changed else made
         return ()
 
     def adaptive(self, node: fx.Node) -> Drop | None:
@@ -191,5 +262,5 @@ class _Squeeze:
         left = tuple(length for at, length in enumerate(size) if lead + 1 + at not in drop)
         if any(self.shapes[node][dim] != 1 for dim in drop) or not left:
             return None
-        self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))  # type: ignore[arg-type]
+        self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))
         return drop

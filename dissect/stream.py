@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 
 from dissect import forms
 from dissect.capturing import capture, copied
-from dissect.errors import NotStreamable, PlanError
+from dissect.errors import NotStreamable, PlanError, Refusal
 from dissect.inputs import Input, Inputs
 from dissect.plan import Options, Plan
 from dissect.rewrite import Dissected, rewrite
@@ -165,7 +165,7 @@ class Stream:
     def trimmed(self, out: Any, start: int) -> Any:
         """An output of the clip form without its first ``start`` frames."""
         leaves = pytree.tree_leaves(out)
-        outputs = [output for output in self.dissected.outputs]
+        outputs = list(self.dissected.outputs)
         cut = []
         for leaf, output in zip(leaves, outputs, strict=True):
             if output.value is None or output.value.constant:
@@ -183,12 +183,13 @@ class Stream:
         return export(self, path, **options)
 
     def __repr__(self) -> str:
-        return f"Stream({self.dissected.captured.name}, preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes)"
+        facts = f"preset={self.options.preset!r}, delay={self.timing.delay}, caches={self.cache_bytes:,} bytes"
+        return f"Stream({self.dissected.captured.name}, {facts})"
 
 
 def output_time(axes: Any) -> int:
     """The dimension that carries time in the clip form's output."""
-    return axes.time if axes.time is not None else min(2, len(axes))  # type: ignore[no-any-return]
+    return axes.time if axes.time is not None else min(2, len(axes))
 
 
 def _surgery(
@@ -205,7 +206,13 @@ def _surgery(
 
         model = load(model, example=args)
     inputs = Inputs.of(args, time_dim, layout, rates)
-    dissected = rewrite(capture(model, args, inputs), options, inputs)
+    captured = capture(model, args, inputs)
+    dissected = rewrite(captured, options, inputs)
+    if 1 == inputs.batch < captured.batch and dissected.refusals and all(map(_of_rows, dissected.refusals)):
+        alone = rewrite(
+            capture(model, args, inputs, (1,)), options, inputs
+        )  # a network of one row, or a loop over rows
+        dissected = dissected if alone.refusals else alone
     matched = {
         pattern
         for pattern in options.overrides
@@ -216,6 +223,10 @@ def _surgery(
         paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
         raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
     return dissected, args
+
+
+def _of_rows(refusal: Refusal) -> bool:
+    return "batch" in refusal.reason
 
 
 def _fits(path: str, pattern: str) -> bool:

@@ -42,12 +42,13 @@ def frames_to(x: Tensor, dim: int, count: int, stacked: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame of a tensor: ``x[dim, index]``."""
+    """One frame of a tensor, ``x[dim, index]``, or several, ``x[dim, index : index + width]``."""
 
     source: fx.Node
     dim: int
     index: int
     keepdim: bool
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def _copied(captured: Captured) -> Captured:
 
 def loops(captured: Captured) -> list[Loop]:
     """The loops over frames that a graph holds, the outermost of those that hold each other."""
+    for node in list(captured.graph.nodes):
+        _set_apart(node)
     found = []
     for node in captured.graph.nodes:
         for copies in _ends(node):
@@ -120,7 +123,7 @@ def loops(captured: Captured) -> list[Loop]:
                 matcher.match(copies)
             except _Differ:
                 continue
-            if matcher.sources:
+            if matcher.sources and not _lengthens(node, matcher.wide):
                 found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
     return found
 
@@ -142,14 +145,15 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
             stacked = loop.end.target is not aten.cat.default
             chain = loop.end.target in _SUMS
             at = 2 if loop.end.target is aten.select_scatter.default else 1
-            dim = 1 if chain else (loop.end.args[at] if len(loop.end.args) > at else 0) % loop.end.meta["val"].dim()  # type: ignore[operator]
+            along: Any = loop.end.args[at] if len(loop.end.args) > at else 0
+            dim = 1 if chain else along % loop.end.meta["val"].dim()
             result = graph.create_node(
                 "call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}"
             )
             result.meta = dict(loop.end.meta)
             if chain:
                 result.meta["val"] = torch.stack([body.meta["val"]] * count, dim)
-                total = _SUMS[loop.end.target]
+                total = _SUMS[loop.end.target]  # type: ignore[index]
                 result = graph.create_node("call_function", total, (result, [dim]), name=f"rolled_{loop.end.name}_all")
                 result.meta = dict(loop.end.meta)
         name = loop.end.name
@@ -161,14 +165,57 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
     return captured
 
 
+def _lengthens(node: fx.Node, wide: set[tuple[int, int]]) -> bool:
+    """Whether a node puts windows behind each other along time again: pieces that stay frames are no loop."""
+    if node.target is not aten.cat.default:
+        return False
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    value = node.args[0][0].meta["val"]  # type: ignore[index, union-attr]
+    dim = along % value.dim()
+    return (dim, value.dim()) in wide and value.shape[dim] > 1
+
+
+def _set_apart(node: fx.Node) -> None:
+    """One part in front of a loop's results, or behind them, that is made otherwise than all others: joined to the rest.
+
+    ``torch.stack([*frames, torch.zeros_like(frames[0])])`` is a stack of the frames, and zeros behind it.
+    """
+    if node.target not in (aten.stack.default, aten.cat.default) or len(node.args[0]) < 3:  # type: ignore[arg-type]
+        return
+    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    kinds = [_kind(part) for part in parts]
+    spots = [at for at in (0, len(parts) - 1) if kinds.count(kinds[at]) == 1]
+    if len(spots) != 1 or len(set(kinds)) != 2:
+        return
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    dim = along % node.meta["val"].dim()
+    with node.graph.inserting_before(node):
+        alone = parts.pop(spots[0])
+        rest = node.graph.create_node("call_function", node.target, (parts, dim), name=f"{node.name}_loop")
+        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in parts], dim)}
+        if node.target is aten.stack.default:
+            value = alone.meta["val"]
+            alone = node.graph.create_node(
+                "call_function", aten.unsqueeze.default, (alone, dim), name=f"{node.name}_alone"
+            )
+            alone.meta = {**node.meta, "val": value.unsqueeze(dim)}
+    node.target = aten.cat.default
+    node.args = ([alone, rest] if spots[0] == 0 else [rest, alone], dim)
+
+
+def _kind(part: Any) -> Any:
+    """How a part is made: the operator, and the shape."""
+    return (part.target if part.op == "call_function" else part, _shape(part)) if isinstance(part, fx.Node) else None
+
+
 def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
     """The copies that a node may put together."""
     if node.op != "call_function":
         return
     if node.target in (aten.stack.default, aten.cat.default):
-        parts = list(node.args[0])  # type: ignore[arg-type]
+        parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
         if len(parts) > 1 and all(isinstance(part, fx.Node) for part in parts):
-            yield parts  # type: ignore[misc]
+            yield parts
     elif node.target is aten.select_scatter.default and not any(
         user.target is node.target and user.args[0] is node for user in node.users
     ):
@@ -176,15 +223,15 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
         written: dict[int, fx.Node] = {}
         end: Any = node
         while isinstance(end, fx.Node) and end.target is node.target and end.args[2] == node.args[2]:
-            written.setdefault(end.args[3] % size, _written(end.args[1]))  # type: ignore[operator]
+            written.setdefault(end.args[3] % size, _written(end.args[1]))
             end = end.args[0]
         if len(written) == size > 1:
             yield [written[index] for index in range(size)]
     elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
-        terms: list[fx.Node] = []
+        terms: list[Any] = []
         at: Any = node
         while isinstance(at, fx.Node) and at.target is node.target and not at.kwargs and len(at.args) == 2:
-            terms.append(at.args[1])  # type: ignore[arg-type]
+            terms.append(at.args[1])
             at = at.args[0]
         terms.append(at)
         terms = [term for term in reversed(terms) if term != 0]
@@ -200,15 +247,22 @@ def _written(node: Any) -> fx.Node:
 
 def frame_in(node: fx.Node) -> Frame | None:
     """The node as one frame of a tensor, if it is that."""
+    found = frames_in(node)
+    return found if found is not None and found.width == 1 else None
+
+
+def frames_in(node: fx.Node) -> Frame | None:
+    """The node as one frame of a tensor, or several neighbours, if it is that."""
     args: Any = node.args
     if node.target is aten.select.int:
         size = args[0].meta["val"].shape[args[1]]
         return Frame(args[0], args[1] % args[0].meta["val"].dim(), args[2] % size, False)
     if node.target is aten.slice.Tensor:
-        source, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+        source, dim, start, stop = (*args, *(0, None, None)[len(args) - 1 :])[:4]
         value = source.meta["val"]
         first, last, _ = slice(start, stop).indices(value.shape[dim])
-        return Frame(source, dim % value.dim(), first, True) if last - first == 1 and value.shape[dim] > 1 else None
+        part = 0 < last - first < value.shape[dim] and (len(args) < 5 or args[4] == 1)
+        return Frame(source, dim % value.dim(), first, True, last - first) if part else None
     if node.target is operator.getitem and isinstance(args[0], fx.Node):
         owner, index = args
         source = owner.args[0]
@@ -235,6 +289,7 @@ class _Matcher:
         self.seen: set[tuple[fx.Node, ...]] = set()
         self.sources: list[tuple[fx.Node, int]] = []
         self.shared: list[fx.Node] = []
+        self.wide: set[tuple[int, int]] = set()  # dimension and rank of what the copies take several frames of
         self.constants: dict[fx.Node, bool] = {}
 
     def match(self, copies: Sequence[fx.Node], build: bool = False) -> fx.Node | None:
@@ -283,20 +338,23 @@ class _Matcher:
 
     def frames(self, row: tuple[fx.Node, ...]) -> list[Frame] | None:
         """The row as frames of one tensor, evenly spaced and in order, if it is that."""
-        found = [frame_in(node) for node in row]
+        found = [frames_in(node) for node in row]
         first = found[0]
         if first is None or self.constant(first.source):
             return None
         frames = [frame for frame in found if frame is not None]
         if len(frames) != len(row) or any(
-            (f.source, f.dim, f.keepdim) != (first.source, first.dim, first.keepdim) for f in frames
+            (f.source, f.dim, f.keepdim, f.width) != (first.source, first.dim, first.keepdim, first.width)
+            for f in frames
         ):
             return None
         step = frames[1].index - first.index
-        if step < 1 or 2 * (frames[-1].index - first.index + 1) < first.source.meta["val"].shape[first.dim]:
+        if step < 1 or 2 * (frames[-1].index - first.index + first.width) < first.source.meta["val"].shape[first.dim]:
             return None
         if any(frame.index != first.index + step * at for at, frame in enumerate(frames)):
             return None
+        if first.width > 1:
+            self.wide.add((first.dim, first.source.meta["val"].dim()))
         if (first.source, first.dim) not in self.sources:
             self.sources.append((first.source, first.dim))
         return frames
@@ -328,17 +386,41 @@ class _Matcher:
         graph, first = row[0].graph, frames[0]
         source, size = first.source, first.source.meta["val"].shape[first.dim]
         step = frames[1].index - first.index
+        if first.width > 1:
+            source, step = self.windows(row[0], first, frames[-1], step), 1
+            return self.mark(row[0], source, first.dim, False)
         stop = frames[-1].index + 1 if frames[-1].index + step < size else size
         if (first.index, step, stop) != (0, 1, size):
             part = (source, first.dim, first.index, stop, step)
             value = source.meta["val"]
             source = graph.create_node("call_function", aten.slice.Tensor, part, name=f"rolled_{row[0].name}_part")
             source.meta = {**row[0].meta, "val": aten.slice.Tensor(value, *part[1:])}
-        frame = graph.create_node(
-            "call_function", frame_of, (source, first.dim, first.keepdim), name=f"rolled_{row[0].name}"
-        )
-        frame.meta = dict(row[0].meta)
+        return self.mark(row[0], source, first.dim, first.keepdim)
+
+    def mark(self, like: fx.Node, source: fx.Node, dim: int, keepdim: bool) -> fx.Node:
+        """The frame of ``source`` that stands for every frame."""
+        frame = like.graph.create_node("call_function", frame_of, (source, dim, keepdim), name=f"rolled_{like.name}")
+        frame.meta = dict(like.meta)
         return frame
+
+    def windows(self, like: fx.Node, first: Frame, last: Frame, step: int) -> fx.Node:
+        """Windows of several frames, one for each copy, on a dimension of their own behind that of time."""
+        source, dim, node = first.source, first.dim, first.source
+        size = source.meta["val"].shape[dim]
+        stop = last.index + first.width
+        stop = stop if stop + step <= size else size
+        rank = source.meta["val"].dim()
+        order = [*range(dim + 1), rank, *range(dim + 1, rank)]
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+        if (first.index, stop) != (0, size):
+            calls.append((aten.slice.Tensor, (dim, first.index, stop)))
+        calls += [(aten.unfold.default, (dim, first.width, step)), (aten.permute.default, (order,))]
+        for target, args in calls:
+            value = target(node.meta["val"], *args)
+            name = f"rolled_{like.name}_{str(target).split('.')[1]}"
+            node = like.graph.create_node("call_function", target, (node, *args), name=name)
+            node.meta = {**like.meta, "val": value}
+        return node
 
     def cloned(self, row: tuple[fx.Node, ...]) -> fx.Node:
         first = row[0]

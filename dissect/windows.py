@@ -108,8 +108,11 @@ def kept(axes: Axes, dim: int | None = None) -> tuple[int, int, int]:
     return prod(size for _, size in sizes[:at]), sizes[at][1], prod(size for _, size in sizes[at + 1 :])
 
 
-def window(ctx: Context, value: Value, what: str, *, row: bool = True) -> Value:
-    """``value`` with its time axis as a window of the last positions, as many and as far apart as the original's."""
+def window(ctx: Context, value: Value, what: str, *, row: bool = True, placed: bool = False) -> Value:
+    """``value`` with its time axis as a window of the last positions, as many and as far apart as the original's.
+
+    ``placed``: what reads the window tells one position of the clip from another.
+    """
     from dissect.rewrite import Refused
 
     value = ctx.settled(value)
@@ -130,7 +133,14 @@ def window(ctx: Context, value: Value, what: str, *, row: bool = True) -> Value:
     if row:
         timing = timing.but(newest=clock.newest | {len(ctx.rows)})
         reason = "" if ctx.exact else "the last positions instead of the clip's"
-        ctx.row(f"{what}, a window of {positions}", exact=ctx.exact, reason=reason, kernel=positions, stride=stride)
+        ctx.row(
+            f"{what}, a window of {positions}",
+            exact=ctx.exact,
+            reason=reason,
+            kernel=positions,
+            stride=stride,
+            placed=placed,
+        )
     if clock.delay > 0:
         value = ctx.gate(value)
     sizes = [
@@ -270,6 +280,8 @@ def apply(ctx: Context, convert: Callable[..., Any], args: Sequence[Any], kwargs
 
     rule = find_windowed(ctx.node.target)
     rows = len(ctx.rows)
+    if rule is not None and wanted(ctx, leaves(args, kwargs)):
+        args, kwargs = changed((args, kwargs), lambda value: windowed(ctx, value))
     if any("K" in value.axes.kinds for value in leaves(args, kwargs)):
         if rule is not None:
             try:
@@ -289,15 +301,37 @@ def apply(ctx: Context, convert: Callable[..., Any], args: Sequence[Any], kwargs
     del ctx.rows[rows:]
 
     def whole(value: Value) -> Value:
-        return window(ctx, value, "what tells positions of the clip apart") if value.time is not None else value
+        if value.time is None:
+            return value
+        return window(ctx, value, "what tells positions of the clip apart", placed=True)
 
     return rule(ctx, convert, *changed(args, whole), **changed(kwargs, whole))
+
+
+def wanted(ctx: Context, values: Sequence[Value]) -> bool:
+    """Whether frames that meet a value of the whole clip are to be a window too: then the end of the clip is exact."""
+    ended = [value.clock for value in values if value.time is None and not value.clock.running]
+    rows = frozenset().union(*(clock.newest | clock.pooled for clock in ended))
+    if not ctx.exact or not rows or all(value.time is None for value in values):
+        return False
+    ctx.matrices[ctx.node.name] = rows
+    return ctx.node.name in ctx.whole
+
+
+def windowed(ctx: Context, value: Value) -> Value:
+    """A value over time as a window of its positions; any other as it is."""
+    return value if value.time is None else window(ctx, value, "what meets a value of the whole clip")
 
 
 def leaves(*arguments: Any) -> list[Value]:
     """The values that depend on the clip among an operator's arguments."""
     found: list[Value] = []
-    changed(list(arguments), lambda value: (found.append(value), value)[1])
+
+    def note(value: Value) -> Value:
+        found.append(value)
+        return value
+
+    changed(list(arguments), note)
     return found
 
 

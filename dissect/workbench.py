@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dissect import benchmarking
 from dissect.errors import DissectError, ExportError, PlanError
-from dissect.options import merged
+from dissect.options import Shape, merged
 from dissect.playing import read_labels
 from dissect.preprocess import Preprocess
 from dissect.rendering import amount, kilobytes
@@ -72,7 +72,10 @@ def work_of(model: str | None, given: Mapping[str, Any]) -> Work:
     def noise(shape: Any) -> Any:
         if isinstance(shape, list):
             return [noise(part) for part in shape]
-        return torch.randn(shape, generator=random)
+        dtype = getattr(torch, getattr(shape, "dtype", "float32"))
+        if not dtype.is_floating_point:
+            return torch.randint(0, 256, tuple(shape), generator=random, dtype=dtype)
+        return torch.randn(tuple(shape), generator=random, dtype=torch.float64).to(dtype)
 
     example = tuple(noise(shape) for shape in given["shapes"] or [_CLIP])
     if model is None and given["arch"] is None:
@@ -98,10 +101,19 @@ def stream_of(work: Work, given: Mapping[str, Any]) -> Stream:
         given["pool"],
         given["window"],
         given["time_dim"],
+        _layouts(given["layouts"]),
+        given["rates"],
         skip=given["skip"],
         fill=given["fill"],
         stem=given["stem"],
     )
+
+
+def _layouts(given: Sequence[str]) -> str | tuple[str | None, ...] | None:
+    """One layout for all inputs, or one each; a dash stands for an input without time."""
+    if len(given) < 2:
+        return given[0] if given else None
+    return tuple(None if text == "-" else text for text in given)
 
 
 def describe(stream: Stream, given: Mapping[str, Any]) -> str:
@@ -135,11 +147,13 @@ def shapes_of(runner: Runner, frames: int = 16) -> list[tuple[int, ...]]:
 
 def batched(shape: Any, batch: int) -> Any:
     """The sizes of an input, or of a list of them, with another batch."""
-    return [batched(part, batch) for part in shape] if isinstance(shape, list) else (batch, *shape[1:])
+    if isinstance(shape, list):
+        return [batched(part, batch) for part in shape]
+    return Shape((batch, *shape[1:]), getattr(shape, "dtype", "float32"))
 
 
 @contextmanager
-def written(stream: Stream, path: Path) -> Iterator[Path]:
+def written(stream: Stream, path: Path, cadence: str = "every") -> Iterator[Path]:
     """Write the step model to a temporary file for the time of the block; to ``path`` if the block ends in peace.
 
     It gets there by a rename, so that ``path`` is at any time what it was before or a whole step model. Raises
@@ -150,7 +164,7 @@ def written(stream: Stream, path: Path) -> Iterator[Path]:
             f"{path} {'is a folder' if path.is_dir() else 'lies in no folder'}; name a file with --output."
         )
     with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
-        file = stream.export(Path(folder) / path.name)
+        file = stream.export(Path(folder) / path.name, cadence=cadence)
         yield file
         # The weights of a model past 2 GB lie in a file of their own, which must be there first.
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
@@ -163,8 +177,12 @@ def plain(report: Report) -> dict[str, Any]:
     return {"ok": report.ok, "rows": [asdict(row) for row in report.rows]}
 
 
-def totals(stream: Stream, work: Work) -> dict[str, Any]:
-    """Delay, receptive field, warm-up and stride in frames, bytes of the caches, multiply-adds a frame and a clip."""
+def totals(stream: Stream, work: Work, cadence: str = "every") -> dict[str, Any]:
+    """Delay, receptive field, warm-up and stride in frames, bytes of the caches, multiply-adds a frame and a clip.
+
+    In the native cadence, multiply-adds a frame are the mean over a period.
+    """
+    from dissect.cadence import native
     from dissect.counting import multiply_adds
 
     timing = stream.timing
@@ -177,10 +195,18 @@ def totals(stream: Stream, work: Work) -> dict[str, Any]:
         "receptive_field": timing.receptive_field,
         "warmup": timing.warmup,
         "stride": timing.stride,
+        "cadence": cadence,
         "cache_bytes": stream.cache_bytes,
     }
+    sparse = native(stream) if cadence == "native" else None
     try:
-        found["multiply_adds_per_frame"] = multiply_adds(stream.step, (*frame, *stream.caches(batch)))
+        if sparse is None:
+            found["multiply_adds_per_frame"] = multiply_adds(stream.step, (*frame, *stream.caches(batch)))
+        else:
+            caches = sparse.caches(stream, batch)
+            found["cache_bytes"] = sum(cache.nbytes // batch for cache in caches)
+            counts = [multiply_adds(sparse.phase(phase), (*frame, *caches)) for phase in range(sparse.period)]
+            found["multiply_adds_per_frame"] = sum(counts) / sparse.period
         found["multiply_adds_per_clip"] = multiply_adds(work.module, work.example)
     except DissectError:
         raise
@@ -218,10 +244,12 @@ def race(
     providers: Any = None,
     turns: int = 20,
     stream: Stream | None = None,
+    frames: int = 1,
 ) -> tuple[benchmarking.Comparison, str]:
     """A step against the sliding window, both in ONNX Runtime; and a remark where that could not be.
 
     Where torch cannot export the clip network, its window runs in PyTorch, and so does the step if ``stream`` has one.
+    ``frames``: the step's time is the mean over so many, a period of its cadence.
     """
     batch = int(_first(work.example).shape[0])
     try:
@@ -237,7 +265,8 @@ def race(
         else:
             step = benchmarking.eager_step(stream, work.example)
             runtime, remark = "PyTorch", f"{error} So both run in PyTorch."
-    return benchmarking.compare(step, window, runtime, turns, batch=batch), remark
+    remark = f"{remark} A step's time is the mean over {frames} frames.".strip() if frames > 1 else remark
+    return benchmarking.compare(step, window, runtime, turns, batch=batch, frames=frames), remark
 
 
 def _first(example: Sequence[Any]) -> Any:

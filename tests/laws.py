@@ -100,9 +100,10 @@ def streamed(stream: Stream, *inputs: Any, frames: int) -> Any:
         count = clock.length(frames)
         assert leaf.shape[dim] > start + clock.stride * (count - 1), "the flush ended too early"
         index = [start + clock.stride * position for position in range(count)]
-        picked.append(
-            leaf.index_select(dim, torch.tensor(index)) if axes.time is not None else leaf.select(dim, index[-1])
-        )
+        leaf = leaf.index_select(dim, torch.tensor(index)) if axes.time is not None else leaf.select(dim, index[-1])
+        if axes.window is not None and count < leaf.shape[axes.window]:  # weights of the positions that there are
+            leaf = leaf.narrow(axes.window, leaf.shape[axes.window] - count, count)
+        picked.append(leaf)
     return pytree.tree_unflatten(picked, spec)
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from step_models import convolutions, difference, offline_windows, running_sum, windows
 
 from dissect import binding
-from dissect.binding import Tensor
 from dissect.errors import StreamError
 from dissect.runner import Runner
 from dissect.sessions import Home
+from dissect.tensors import Tensor
 
 
 def clip(frames: int, channels: int = 2) -> NDArray[np.float32]:
@@ -41,7 +41,7 @@ def test_a_tensor_reads_back_what_was_written(home: Home, shape: tuple[int, ...]
 
 def test_caches_are_never_read_and_written_in_one_buffer() -> None:
     run = Runner(windows((4, 1, 2)))
-    first, second = ({cache.value.data_ptr() for cache in caches} for caches in run._bound._sets)
+    first, second = ({cache.value.data_ptr() for cache in caches} for caches in run._bound.table.sets)
     assert len(first) == len(second) == len(run.caches)
     assert not first & second
 
@@ -103,11 +103,11 @@ def test_a_step_costs_what_the_session_costs() -> None:
     rng = np.random.default_rng(0)
     feed = {spec.name: rng.random((1, *spec.shape[1:]), np.float32) for spec in run.inputs}
     feed |= {cache.input: np.zeros((1, *cache.shape[1:]), cache.dtype) for cache in run.caches}
-    frame, names = feed["frame"], [entry.name for entry in run._session.get_outputs()]
+    frame, names = feed["frame"], [entry.name for entry in run._opened.sessions[0].get_outputs()]
     bare, step = [], []
     for _ in range(200):
         start = time.perf_counter()
-        run._session.run(names, feed)
+        run._opened.sessions[0].run(names, feed)
         middle = time.perf_counter()
         run.step(frame)
         bare.append(middle - start)

@@ -258,3 +258,24 @@ def test_a_capture_that_fails_is_quiet(capfd: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(CaptureError):
         dissect.convert(nn.AvgPool3d(9), CLIP)
     assert capfd.readouterr() == ("", "")
+
+
+class Masked(nn.Module):
+    """Torch's own transformer with a causal mask: what it finds out about the mask depends on its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(3, 1, 6, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x.mean((3, 4)).transpose(1, 2), mask=self.mask)
+
+
+def test_a_mask_that_a_transformer_looks_into() -> None:
+    torch.manual_seed(0)
+    model = Masked().double().eval()
+    stream = dissect.convert(model, CLIP.double(), preset="exact")
+    assert stream.plan.exact
+    dissect.verify(stream, model).check()

@@ -104,6 +104,14 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Strided(Tiny):
+    """The same with a temporal stride of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv3d(4, 6, 3, stride=(2, 1, 1), padding=1)
+
+
 # Help and imports.
 
 
@@ -245,6 +253,10 @@ def test_rules_of_ones_own(tmp_path: Path) -> None:
         (["--set", "nosuchlayer: depth=2"], "nosuchlayer"),
         (["--set", "*: depht=2"], "depth"),
         (["--time-dim", "0"], "time_dim"),
+        (["--rates", "4;1"], "4,1"),
+        (["--rates", "2"], "rates"),
+        (["--layout", "b c t"], "dimensions"),
+        (["--input", "1x3x6x16x16:bool"], "uint8"),
     ],
 )
 def test_wrong_use_is_explained(args: list[str], word: str) -> None:
@@ -295,6 +307,29 @@ def test_convert_as_json_and_nothing_else(weights: Path, tmp_path: Path) -> None
     assert found["speed"]["runtime"] == "ONNX Runtime"
     assert found["speed"]["step"]["median_ms"] > 0
     assert found["totals"]["delay"] == 0
+
+
+def test_convert_in_the_native_cadence(tmp_path: Path, film: Path) -> None:
+    torch.manual_seed(0)
+    path, network = tmp_path / "net.onnx", f"{__name__}:Strided"
+    options = ["--arch", network, *SMALL, "--preset", "exact", "--no-bench", "--json", "-o", path]
+    native = json.loads(call("convert", *options, "--cadence", "native").stdout)
+    assert dissect.Runner(path).period == 2
+    assert native["totals"]["cadence"] == "native"
+    assert "native cadence" in native["verification"]["rows"][-1]["what"]
+    assert json.loads(call("bench", path, "--steps", 4, "--json").stdout)["step"]["calls"] == 4
+    lines = [json.loads(line) for line in call("run", path, film, "--jsonl").stdout.splitlines()]
+    assert [line["frame"] for line in lines] == list(range(0, 20, 2))
+    torch.manual_seed(0)
+    every = json.loads(call("convert", *options).stdout)
+    first, second = 3 * 4 * 27 * 8 * 8, 4 * 6 * 27 * 8 * 8
+    assert every["totals"]["multiply_adds_per_frame"] == first + second + 6 * 4
+    assert native["totals"]["multiply_adds_per_frame"] == first + (second + 6 * 4) / 2
+    assert native["totals"]["cache_bytes"] < every["totals"]["cache_bytes"]
+    dense = [json.loads(line) for line in call("run", path, film, "--jsonl").stdout.splitlines()]
+    for line in lines:
+        (same,) = [other for other in dense if other["frame"] == line["frame"]]
+        assert dict(line["top"]) == pytest.approx(dict(same["top"]), abs=1e-4)
 
 
 def test_convert_names_the_file_by_the_model(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,3 +542,46 @@ def test_a_reader_that_leaves_is_no_error(steps: dict[str, Path], film: Path) ->
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert "Error" not in done.stderr
+
+
+# Other inputs than a clip of floats.
+
+
+class Bytes(nn.Module):
+    """Frames of bytes, channels last, (N, T, H, W, 3) to scores (N, T, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 2, 3, padding=1)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        return self.conv(clip.permute(0, 4, 1, 2, 3).float() / 255).mean((3, 4)).transpose(1, 2)
+
+
+class Pathways(nn.Module):
+    """Two clips, the first with every second frame of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = nn.Conv3d(3, 2, 3, padding=1), nn.Conv3d(3, 2, 3, padding=1)
+
+    def forward(self, slow: torch.Tensor, fast: torch.Tensor) -> torch.Tensor:
+        return self.slow(slow).mean((2, 3, 4)) + self.fast(fast).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("Bytes", "--input", "1x6x8x8x3:uint8", "--time-dim", "1"),
+        ("Bytes", "--input", "1x6x8x8x3:uint8", "--layout", "b t h w c"),
+        ("Pathways", "--input", "1x3x3x8x8", "--input", "1x3x6x8x8", "--rates", "2,1"),
+    ],
+    ids=["bytes", "layout", "rates"],
+)
+def test_other_inputs(args: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "step.onnx"
+    call("convert", f"{__name__}:{args[0]}", *args[1:], "--preset", "exact", "--no-bench", "-o", file)
+    run = dissect.Runner(file)
+    for _ in range(3):
+        run.step(*[np.zeros((1, *spec.shape[1:]), spec.dtype) for spec in run.inputs])
+    assert run.inputs[0].dtype == ("uint8" if args[0] == "Bytes" else "float32")

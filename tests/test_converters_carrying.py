@@ -108,6 +108,22 @@ class Cells(nn.Module):
         return torch.stack(scores, 1), self.fc(h)
 
 
+class Layers(nn.Module):
+    """One of torch's layers, called for one frame at a time, its hidden values passed on; the last output counts."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.cnn = nn.Sequential(nn.Conv2d(2, 3, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.layer = kind(3, 4, num_layers=2)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = None
+        for t in range(x.size(2)):
+            out, hidden = self.layer(self.cnn(x[:, :, t]).unsqueeze(0), hidden)
+        return self.fc(out[-1])
+
+
 class Average(nn.Module):
     """A running average of differences of frames: it carries a frame, too."""
 
@@ -135,6 +151,8 @@ NETWORKS: dict[str, Any] = {
     "convlstm, unbind": lambda: ConvLSTM("unbind"),
     "convlstm, split": lambda: ConvLSTM("split"),
     "convlstm, slices": lambda: ConvLSTM("slice"),
+    "lstm in steps": lambda: Layers(nn.LSTM),
+    "gru in steps": lambda: Layers(nn.GRU),
     "gru cell": lambda: Cells("gru"),
     "lstm cell": lambda: Cells("lstm"),
     "lstm cell from nothing": lambda: Cells("lstm from nothing"),

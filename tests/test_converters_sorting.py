@@ -39,7 +39,7 @@ INSIDE: dict[str, Callable[[Tensor], Any]] = {
 
 OVER_TIME: dict[str, Callable[[Tensor], Any]] = {
     "aten.argmax": lambda x: x.argmax(2),
-    "aten.topk": lambda x: x.topk(2, 2)[0],
+    "aten.topk": lambda x: x.topk(2, 2)[1],
     "aten.sort": lambda x: x.sort(2)[0],
     "aten.median": lambda x: x.median(2)[0],
     "aten.max": lambda x: x.max(2)[1],
@@ -69,3 +69,17 @@ def test_over_time_is_refused(name: str) -> None:
     assert "order" in refusal.reason
     assert refusal.fix
     assert refusal.source.startswith("test_converters_sorting.py")
+
+
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+@pytest.mark.parametrize("largest", [True, False])
+def test_the_largest_of_a_window(largest: bool, preset: str) -> None:
+    """Their places are refused, the values are those of the last positions."""
+    torch.manual_seed(0)
+    network = Ordered(lambda x: x.topk(2, 2, largest)[0].mean(2)).double().eval()
+    clip = torch.randn(2, 2, 7, 2, 3, dtype=torch.float64)
+    stream = dissect.convert(network, clip, preset=preset)
+    law(stream, clip)
+    if preset == "exact":
+        assert stream.plan.exact
+        assert offline(stream, network, clip, (7, 6, 5)) == 3

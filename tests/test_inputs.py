@@ -252,7 +252,7 @@ def test_layouts_that_do_not_fit(layout: Any, shape: tuple[int, ...], message: s
 @pytest.mark.parametrize(
     ("lengths", "rates", "message"),
     [
-        ((7, 32), None, "no whole rate"),
+        ((9, 32), None, "no whole rate"),
         ((8, 32), (4,), "one for each"),
         ((8, 32), (2, 1), "no whole rate"),
         ((8, 32), (8, 2), "1 for the"),

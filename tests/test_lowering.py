@@ -199,3 +199,34 @@ def test_the_stream_is_not_changed_by_lowering_it() -> None:
     assert stream.step.code == code
     assert stream.step.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in stream.step.state_dict().items())
+
+
+class Housed(nn.Module):
+    """Modules by the names that dissect uses itself; convolutions with a module inside, one of them called `conv`."""
+
+    class Gated(nn.Conv3d):
+        def __init__(self, inside: str) -> None:
+            super().__init__(4, 4, 3, padding=1)
+            self.inside = inside
+            self.add_module(inside, nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.sigmoid(self.get_submodule(self.inside)(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temporal = nn.Conv3d(3, 4, (3, 1, 1), padding=(1, 0, 0))
+        self.temporal_1 = nn.ModuleDict({"clock": nn.Conv3d(4, 4, 3, padding=1), "output_0": nn.BatchNorm3d(4)})
+        self.a, self.b = self.Gated("gate"), self.Gated("conv")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.temporal_1["output_0"](self.temporal_1["clock"](self.temporal(x)))
+        return self.b(F.relu(self.a(F.relu(x)))).mean((3, 4))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_names_of_the_network_meet_none_of_ours(preset: str) -> None:
+    model = scrambled(Housed(), 0)
+    stream = dissect.convert(model, torch.rand(1, 3, 8, 4, 4, dtype=torch.float64), preset=preset)
+    dissect.verify(stream, model).check()
+    assert set(stream.clip.state_dict()) == set(model.state_dict())

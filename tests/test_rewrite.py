@@ -37,6 +37,10 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
     "batch and time apart again by -1": lambda x: x.permute(0, 2, 1, 3, 4).flatten(0, 1).view(x.shape[0], -1, 4, 4, 6),
     "merged with space": lambda x: x.flatten(2).softmax(1).reshape(-1, 4, 8, 4, 6),
     "tokens": lambda x: F.layer_norm(x.flatten(2).transpose(1, 2), (4,)).transpose(1, 2).reshape(-1, 4, 8, 24),
+    "tokens with a place": lambda x: (
+        (x.flatten(2) + torch.arange(24.0).repeat(8).to(x)).softmax(1).reshape(-1, 4, 8, 24)
+    ),
+    "a token more": lambda x: torch.cat([torch.ones(x.shape[0], 8, 1, 6).to(x), x.mean(1)], 2),
     "space into the batch": lambda x: (
         x.permute(0, 3, 4, 1, 2).reshape(-1, 4, 8).unflatten(0, (-1, 4, 6)).movedim(-1, 1)
     ),
@@ -47,7 +51,7 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
     "squeezed and back": lambda x: x.mean((3, 4), keepdim=True).squeeze(-1).squeeze(-1).unsqueeze(2),
     "broadcast over time": lambda x: x * x[:, :1].sigmoid() + torch.arange(4.0).reshape(4, 1, 1, 1).to(x),
     "chunks of channels": lambda x: torch.cat([part * (i + 1) for i, part in enumerate(x.chunk(2, 1))][::-1], 1),
-    "unbound channels": lambda x: torch.stack([part for part in x.unbind(1)][::-1], 2),
+    "unbound channels": lambda x: torch.stack(list(x.unbind(1))[::-1], 2),
     "rows and columns": lambda x: x[:, :, :, 1:, ::2] + x[:, 1, None, :, :3, :3],
     "several": lambda x: {"a": x.mean((3, 4)), "b": (x.amax((1, 3, 4)), [x])},
 }
@@ -63,7 +67,10 @@ def test_time_is_followed(name: str, preset: str) -> None:
     if preset == "exact":
         assert stream.plan.exact
         assert offline(
-            stream, model, CLIP, [8] if "merged" in name or name in ("tokens", "space into the batch") else [8, 5, 2]
+            stream,
+            model,
+            CLIP,
+            [8] if "merged" in name or "token" in name or name == "space into the batch" else [8, 5, 2],
         )
 
 

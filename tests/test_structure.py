@@ -73,7 +73,7 @@ def test_import_is_quick_and_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["runner", "errors", "contract", "binding", "sessions", "preprocess", "video", "cli", "options"]
+    "name", ["runner", "pool", "errors", "contract", "binding", "sessions", "preprocess", "video", "cli", "options"]
 )
 def test_deployment_does_not_import_torch(name: str) -> None:
     if name == "video":

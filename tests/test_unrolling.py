@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import law, offline
+from laws import close, law, offline, streamed
 from torch import Tensor, nn
 
 import dissect
@@ -23,6 +23,7 @@ class Looping(nn.Module):
         self.score = nn.Linear(4, 3)
         self.last = nn.Conv3d(4, 4, 3, padding=1)
         self.wide = nn.Conv2d(32, 4, 3, padding=1)
+        self.three = nn.Conv2d(12, 4, 3, padding=1)
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +98,29 @@ def with_the_first(net: Looping, x: Tensor) -> Tensor:
     return net.last(torch.stack([net.each(x[:, :, t]) * gate for t in range(x.shape[2])], 2))
 
 
+def motion(net: Looping, x: Tensor) -> Tensor:
+    """Differences of neighbours, and zeros behind the last, as motion modules have them."""
+    later = x.tanh()
+    frames = [net.each(later[:, :, i + 1] - x[:, :, i]) for i in range(x.shape[2] - 1)]
+    return net.last(torch.stack([*frames, torch.zeros_like(frames[0])], 2))
+
+
+def motion_in_front(net: Looping, x: Tensor) -> Tensor:
+    frames = [net.each(x[:, :, i + 1] - x[:, :, i]).unsqueeze(2) for i in range(x.shape[2] - 1)]
+    return net.last(torch.cat([torch.zeros_like(frames[0]), *frames], 2))
+
+
+def sliding(net: Looping, x: Tensor) -> Tensor:
+    """Three neighbours at a time, as video super-resolution takes them."""
+    padded = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+    frames = [padded[:, :, i : i + 3].transpose(1, 2).flatten(1, 2) for i in range(x.shape[2])]
+    return net.last(torch.stack([net.three(frame) for frame in frames], 2))
+
+
+def sliding_by_two(net: Looping, x: Tensor) -> Tensor:
+    return net.last(torch.stack([net.three(x[:, :, i : i + 3].flatten(1, 2)) for i in range(0, x.shape[2] - 2, 2)], 2))
+
+
 LOOPS = [
     stacked,
     joined,
@@ -112,6 +136,10 @@ LOOPS = [
     greatest,
     on_channels,
     with_the_first,
+    motion,
+    motion_in_front,
+    sliding,
+    sliding_by_two,
 ]
 
 
@@ -137,9 +165,9 @@ def test_the_body_runs_once_a_frame(run: Callable[[Looping, Tensor], Tensor], pr
     stream = dissect.convert(network, clip, preset=preset)
     live = {node.target for node in stream.step.graph.nodes if node.op == "call_module"}
     layers = [name for name in live if isinstance(stream.step.get_submodule(name), FrameConv)]
-    used = {name for name in ("before", "each", "last", "wide") if any(name == layer for layer in layers)}
+    used = {name for name in ("before", "each", "last", "wide", "three") if any(name == layer for layer in layers)}
     assert len(layers) == len(used), layers
-    assert "each" in used or run is kept
+    assert {"each", "three"} & used or run is kept
 
 
 @pytest.mark.parametrize("preset", ["causal", "d3d"])
@@ -176,6 +204,6 @@ def test_copies_that_differ_are_left_as_they_are(body: Callable[[nn.Module, Tens
     network.last2 = nn.Conv2d(4, 4, 3, padding=1).double()
     stream = dissect.convert(network, clip, preset="exact")
     with torch.no_grad():
-        torch.testing.assert_close(stream.offline(clip)[..., -1:].reshape(-1), network(clip).reshape(-1)) if (
-            stream.plan.exact and stream.offline(clip).dim() == network(clip).dim() + 1
-        ) else law(stream, torch.randn(2, 3, 9, 5, 5, dtype=torch.float64))
+        law(stream, torch.randn(2, 3, 9, 5, 5, dtype=torch.float64))
+        assert stream.plan.exact, str(stream.plan)
+        close(streamed(stream, clip, frames=8), network(clip))

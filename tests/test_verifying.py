@@ -174,3 +174,29 @@ def test_the_original_may_be_an_exported_program_or_in_training_mode(preset: str
     model.train()
     dissect.verify(stream, model, runtime=False).check()
     assert model.training
+
+
+class TwoRates(nn.Module):
+    """Two outputs, one for every frame and one for every other: in a flush one of them ends before the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(2, 4, 3, padding=1)
+        self.second = nn.Conv3d(4, 2, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x)
+        return x, self.second(x)
+
+
+def test_outputs_that_end_apart() -> None:
+    model = scrambled(TwoRates(), 0)
+    dissect.verify(dissect.convert(model, CLIP, preset="exact"), model).check()
+
+
+def test_a_flush_that_is_too_short_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stream = made("exact")
+    monkeypatch.setattr(stream, "flush_frames", lambda frames: 0)
+    report = dissect.verify(stream, model, runtime=False)
+    assert broken(report) == ["original = exact"]
+    assert f"the flush ends {stream.timing.delay} frames before the last position" in str(report)

@@ -1,0 +1,79 @@
+"""Squeezing: the same numbers, and no tensor above rank 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from laws import close, leaves
+from torch import Tensor, fx, nn
+
+import dissect
+from dissect.lowering import lower
+from dissect.squeezing import squeeze
+
+
+class Ranks(fx.Interpreter):
+    """Keeps the highest rank of all tensors of a run but parameters."""
+
+    highest = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "get_attr":
+            self.highest = max(self.highest, value.dim())
+        return value
+
+
+class Around(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = nn.Conv3d(2, 4, 3, padding=1)
+        self.small, self.wide = nn.Conv3d(4, 4, 1), nn.Conv3d(4, 4, 3, padding=1)
+        self.spread = nn.Conv3d(4, 4, (3, 1, 1), padding=(2, 0, 0), dilation=(2, 1, 1))
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, self.before(x))
+
+
+CASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "gate": lambda net, x: net.wide(x * net.small(x.mean((2, 3, 4), keepdim=True)).sigmoid()),
+    "one position, 3x3x3": lambda net, x: net.wide(x.mean(2, keepdim=True)).relu().mean((2, 3, 4)),
+    "one position, dilated": lambda net, x: net.spread(x.mean(2, keepdim=True)).mean((2, 3, 4)),
+    "one position, selected": lambda net, x: net.small(x.mean(2, keepdim=True))[:, :, 0].amax((2, 3)),
+    "one position, rows": lambda net, x: net.small(x.mean(2, keepdim=True)).mean(3),
+    "window of maps": lambda net, x: (x * net.small(x.mean((2, 3, 4), keepdim=True)).sigmoid()).mean((2, 3, 4)),
+    "window, by rows": lambda net, x: (x - x.mean((2, 4), keepdim=True)).abs().mean((2, 3, 4)),
+    "window, kept": lambda net, x: (x - x.mean((2, 3, 4), keepdim=True)).square().mean((2, 3, 4), keepdim=True),
+    "window, rows alone": lambda net, x: (x - x.mean((2, 3, 4), keepdim=True)).abs().mean((2, 3)),
+    "window, time alone": lambda net, x: (x - x.mean((2, 3, 4), keepdim=True)).abs().mean(2),
+    "window of pairs": lambda net, x: torch.cat([x, x * x.mean((2, 3, 4), keepdim=True)], 1).amax((2, 3, 4)),
+    "softmax over time": lambda net, x: (x.softmax(2) * x).sum((2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("preset", ["exact", "d3d"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_value_is_what_it_was(name: str, preset: str) -> None:
+    torch.manual_seed(0)
+    network = Around(CASES[name]).double().eval()
+    x = torch.randn(2, 2, 6, 4, 3, dtype=torch.float64)
+    stream = dissect.convert(network, x[:, :, :5], preset=preset)
+    module = lower(stream, torch.float64)
+    squeeze(module, [x[:, :, 0], *stream.caches(2)])
+    ours: Any = stream.caches(2)
+    theirs: Any = ours
+    with torch.no_grad():
+        for time in range(6):
+            out, *ours = stream.step(x[:, :, time], *ours)
+            recorder = Ranks(module)
+            values = recorder.run(x[:, :, time], *theirs)
+            theirs = values[len(leaves(out)) :]
+            close(values, (*leaves(out), *ours), 1e-12)
+            assert recorder.highest <= max(4, *(leaf.dim() for leaf in leaves(out)))
+    assert stream.plan.exact or preset != "exact" or name == "gate"

@@ -1,0 +1,57 @@
+"""A survey: networks in the manner of well-known public code keep what each preset promises, or are refused with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import close, streamed
+from survey import Network, families
+from torch.utils import _pytree as pytree
+
+import dissect
+
+NETWORKS = {name: network for family in families().values() for name, network in family.items()}
+
+#: a few for every run, of as many kinds; the others are marked slow
+QUICK = (
+    ("C3D", "exact"),
+    ("ResNetA", "d3d"),
+    ("TSM", "causal"),
+    ("TemporalAttentionPool", "exact"),
+    ("DeepPhys", "exact"),
+    ("BidirectionalLSTM", "exact"),
+)
+
+
+def cases() -> list[object]:
+    slow = pytest.mark.slow
+    pairs = [(name, preset) for name in NETWORKS for preset in ("exact", "causal", "d3d")]
+    assert set(QUICK) <= set(pairs)
+    return [pytest.param(*pair, marks=() if pair in QUICK else slow, id="-".join(pair)) for pair in pairs]
+
+
+@pytest.mark.parametrize(("name", "preset"), cases())
+def test_keeps_its_promises(name: str, preset: str) -> None:
+    network = NETWORKS[name]
+    model, args = network.build()
+    if preset in network.refused:
+        with pytest.raises(dissect.NotStreamable, match=network.refused[preset]) as refused:
+            dissect.convert(model, args, preset=preset, **network.options)
+        assert all(refusal.path and refusal.reason and refusal.fix for refusal in refused.value.refusals)
+        return
+    stream = dissect.convert(model, args, preset=preset, **network.options)
+    dissect.verify(stream, model).check()
+    if preset != "exact":
+        assert stream.timing.delay == 0
+    elif stream.plan.exact:
+        whole(stream, model, args, network)
+
+
+def whole(stream: dissect.Stream, model: torch.nn.Module, args: tuple[object, ...], network: Network) -> None:
+    """Stream and flush give the network's own output for a clip that is not the example."""
+    generator = torch.Generator().manual_seed(1)
+    clip = pytree.tree_map(lambda leaf: torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype), args)
+    with torch.no_grad():
+        wanted = model(*pytree.tree_map(torch.clone, clip))
+        dense = stream.dense(*clip)
+        close(streamed(stream, *dense, frames=stream.dissected.inputs.frames), wanted)
