@@ -44,8 +44,9 @@ def test_steps_and_strides(tmp_path: Path) -> None:
     assert float((cut[0] - torch.from_numpy(np.stack(pictures, 1))).abs().max()) < 0.02
 
 
+@pytest.mark.slow
 def test_clips_are_drawn_evenly_and_by_the_seed(tmp_path: Path) -> None:
-    files = [film(tmp_path / f"{name}.mp4", 30) for name in "ab"]
+    files = [film(tmp_path / f"{name}.mp4", 30, (24, 32)) for name in "ab"]
 
     def drawn(seed: int) -> list[str]:
         cut = video_clips(files, 3, GRAY, most=5, seed=seed)
@@ -54,11 +55,11 @@ def test_clips_are_drawn_evenly_and_by_the_seed(tmp_path: Path) -> None:
     assert drawn(0) == drawn(0)
     assert len(drawn(0)) == len(set(drawn(0))) == 5
     counts: dict[str, int] = {}
-    for seed in range(60):
+    for seed in range(40):
         for name in drawn(seed):
             counts[name] = counts.get(name, 0) + 1
     assert len(counts) == 20, "every clip is kept by some seed"
-    assert max(counts.values()) < 35  # each is expected 15 times
+    assert max(counts.values()) < 25  # each is expected 10 times
 
 
 def test_folders_stand_for_their_videos(tmp_path: Path) -> None:

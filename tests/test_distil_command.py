@@ -80,22 +80,25 @@ def test_a_folder_of_videos_becomes_a_step_model(model: list[object], videos: Pa
     assert 0 <= found["agreement_before"] <= 1
     assert 0 <= found["agreement_after"] <= 1
     run = dissect.Runner(out)
-    assert run.labels == ("a", "b", "c") or list(run.labels or ()) == ["a", "b", "c"]
+    assert run.labels == ("a", "b", "c")
     assert np.isfinite(run.step(np.zeros((1, 3, 16, 16), np.float32))).all()
 
 
-def test_the_same_seed_gives_the_same_file_cut_off_or_not(model: list[object], videos: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_file_with_a_checkpoint_or_without(
+    model: list[object], videos: Path, tmp_path: Path
+) -> None:
     path, *rest = model
     outs = []
-    for index, more in enumerate(([], ["--checkpoint", tmp_path / "run"], ["--checkpoint", tmp_path / "run"])):
+    for index, more in enumerate(([], ["--checkpoint", tmp_path / "run"])):
         out = tmp_path / f"{index}.onnx"
         call(path, videos, *rest, "--steps", 3, "--batch", 2, "-o", out, *more)
         run = dissect.Runner(out)
         outs.append(np.stack([run.step(np.full((1, 3, 16, 16), 0.1 * at, np.float32)) for at in range(4)]))
     assert np.array_equal(outs[0], outs[1])
-    assert np.array_equal(outs[0], outs[2])
 
 
+@pytest.mark.slow
 def test_least_squares_alone(model: list[object], videos: Path, tmp_path: Path) -> None:
     path, *rest = model
     result = call(path, videos, *rest, "--steps", 0, "--reconstruct", "-o", tmp_path / "net.onnx")

@@ -91,6 +91,7 @@ def test_other_skips(skip: str) -> None:
         assert float(error.detach()) < float(before[path].detach())
 
 
+@pytest.mark.slow
 def test_batches_and_single_clips_are_the_same() -> None:
     model = tiny()
     single = dissect.reconstruct(cut(model), model, CLIPS)
