@@ -352,7 +352,8 @@ def rows_first(x: Tensor, axes: Axes) -> Tensor:
     if (
         rows is not None and axes[rows].kinds[:1] == "N" and axes[rows].space > 1
     ):  # of a network of one row, which has no dimension for it
-        return x.unflatten(rows, (-1, axes[rows].space)).movedim(rows, 0).flatten(1).reshape(-1, *axes.frame)
+        apart: Tensor = x.unflatten(rows, (-1, axes[rows].space)).movedim(rows, 0)
+        return apart.reshape(-1, *axes.frame)
     if not rows or axes[rows].space > 1:
         return x
     return x.movedim(rows, 0).reshape(x.shape[rows], *axes.frame)
