@@ -76,7 +76,7 @@ def onnx_step(theirs: Any, frame: Tensor, threads: int) -> Call | str:
     import continual as co
 
     wrapper, state, out = co.onnx.OnnxWrapper(theirs), None, None
-    with torch.inference_mode():
+    with torch.no_grad():
         while not isinstance(out, Tensor):  # its export wants values for all that it keeps
             out, state = theirs._forward_step(frame, state)
     kept = leaves(state, theirs._state_shape)
@@ -98,7 +98,7 @@ def onnx_step(theirs: Any, frame: Tensor, threads: int) -> Call | str:
         except Exception as error:
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:90]}"
     made = [entry.name for entry in session.get_outputs()]
-    with torch.inference_mode():
+    with torch.no_grad():
         wanted, _ = theirs._forward_step(frame, state)
     if not isinstance(wanted, Tensor) or not np.allclose(results[0], wanted.numpy(), rtol=1e-3, atol=1e-3):
         return "its output is not that of its step: counters are constants of the trace"

@@ -163,6 +163,8 @@ def convolve(
     if not ctx.exact:
         timing = strided(ctx, clock.plain(), step).but(length=length, old=clock.old + ages[0])
         whole = taps == kernel and causal and step == 1
+        if left >= reach and right > 0 and step == 1:  # all taps lie in the past: a crop of the rest makes it causal
+            timing = timing.but(spare=(right, len(ctx.rows) if taps == kernel else -1))
         decision = f"{taps} of {kernel} taps" if taps < kernel else f"{taps} taps, past only"
         ctx.row(
             f"the sum of {taps} frames, 1 of {kernel} taps" if added else decision,
@@ -230,7 +232,7 @@ def convolve_crowd(
 def strided(ctx: Context, timing: Any, step: int) -> Any:
     """The timing after a temporal stride: kept as spacing, or, in ``d3d``, removed for good."""
     spacing = 1 if ctx.preset == "d3d" else timing.stride * step
-    return timing.but(stride=spacing, removed=timing.removed * step)
+    return timing.but(stride=spacing, removed=timing.removed * step, spare=(0, -1))
 
 
 def _why(taps: int, kernel: int, step: int, causal: bool) -> str:

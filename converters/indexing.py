@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from dissect import ledger
-from dissect.converters.time_axis import Part, assembled, chosen, slice_time
+from dissect.converters.cropping import slice_time
+from dissect.converters.time_axis import Part, assembled, chosen
 from dissect.ledger import Axes
 from dissect.meeting import until
 from dissect.primitives import Query

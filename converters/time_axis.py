@@ -1,7 +1,7 @@
-"""The time axis cut and put together: slices, padding with frames of the clip, concatenation along time.
+"""The time axis put together: padding with frames of the clip, concatenation along time.
 
-A slice keeps its tensor and moves its positions. A concatenation has one main part, which goes on with the stream, and
-single frames in front of it and behind: each lies a fixed time from its place, or is held from the stream's beginning.
+A concatenation has one main part, which goes on with the stream, and single frames in front of it and behind: each lies
+a fixed time from its place, or is held from the stream's beginning.
 """
 
 from __future__ import annotations
@@ -12,43 +12,12 @@ from typing import Any
 
 import torch
 
-from dissect.converters.convolution import strided
 from dissect.holding import Choose
 from dissect.ledger import Axis, plain
 from dissect.meeting import hold, lateness, positions, until
 from dissect.primitives import Query
 from dissect.rewrite import Context, Refused, Value
 from dissect.timing import Timing
-
-
-def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: int) -> Value:
-    """``x[first:stop:step]`` along time; ``stop`` counts from the end of the clip."""
-    if x.clock.first or x.clock.still:
-        x = ctx.sure(x)
-    size = x.shape[dim]
-    clock = x.clock
-    count = len(range(first, stop, step))
-    cropped = size - stop if first + count * step < size else 0  # what a stride leaves over is no crop
-    length = clock.length.then(-first - cropped - 1, step)
-    out = x.axes.sized((*x.shape[:dim], count, *x.shape[dim + 1 :]))
-    facts: dict[str, Any] = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
-    if ctx.exact:
-        timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
-        if first or cropped:
-            timing = timing.plain()
-        ctx.row("crop of the clip" if first or cropped else "temporal stride removed", exact=True, **facts)
-        return Value(x.node, out, timing.certain(ctx.frames), x.dtype)
-    spacing = clock.stride if ctx.preset == "causal" else clock.removed
-    before = clock.owed(ctx.frames, spacing)
-    after = clock.but(length=length).owed(ctx.frames, spacing * step)
-    late = after - before - first * spacing
-    back = -(-max(0, late) // spacing) * clock.stride
-    decision = f"as it was {back} frame{'s' * (back > 1)} ago" if back else "every frame"
-    ctx.row(decision, exact=False, reason="crop or temporal stride removed", **facts)
-    timing = strided(ctx, clock, step).but(length=length)
-    if first or cropped:
-        timing = timing.plain()
-    return Value(x.node, out, timing.but(wait=clock.wait + back), x.dtype)
 
 
 @dataclass(frozen=True)

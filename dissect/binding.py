@@ -53,14 +53,20 @@ class Table:
         self.sets = [
             [Tensor(_sized(spec.shape, rows), spec.dtype, self.home) for spec in contract.caches] for _ in range(2)
         ]
+        # What is recorded as a CUDA graph ends on the device: a replay copies nothing.
+        self._outside = self.home if self.home.graphs else Home()
+        shapes = [_fixed(spec.name, size[spec.name], batch) for spec in contract.outputs]
         self._results = [
             [
-                Tensor(_fixed(spec.name, size[spec.name], batch), declared[spec.name], Home())
-                for spec in contract.outputs
+                Tensor(shape, declared[spec.name], self._outside)
+                for spec, shape in zip(contract.outputs, shapes, strict=True)
             ]
             for _ in range(2)
         ]
-        self._views = [[read_only(result.array) for result in results] for results in self._results]
+        self._views = [
+            [None if result.array is None else read_only(result.array) for result in results]
+            for results in self._results
+        ]
         self._reset = Tensor((batch,), "bool", self.home) if RESET in declared else None
         self._pending = np.zeros(rows, bool)
         phases = range(contract.period)
@@ -80,6 +86,9 @@ class Table:
         The next run that makes them but one overwrites them.
         """
         due, side = self._due[turn % self.contract.period], self._result_side[turn]
+        if self.home.graphs:
+            found = [self._results[side[at]][at].value.numpy() if there else None for at, there in enumerate(due)]
+            return [None if array is None else read_only(array) for array in found]
         return [self._views[side[at]][at] if there else None for at, there in enumerate(due)]
 
     def run(self, turn: int, start: int, count: int) -> None:
@@ -158,12 +167,11 @@ class Table:
         for at, output in enumerate(self.contract.outputs):
             if self._due[phase][at]:
                 result = self._results[self._result_side[turn][at]][at]
-                _bind(binding.bind_output, output.name, result, 0, count, Home())
+                _bind(binding.bind_output, output.name, result, 0, count, self._outside)
         self._bind_inputs(binding, turn, start, count)
         options = None
-        if (
-            self.home.graphs
-        ):  # recording runs the step more than once, which is one and the same step: no buffer is both
+        if self.home.graphs:
+            # Recording runs the step more than once; it is the same step each time, for no buffer is read and written.
             options = ort.RunOptions()
             options.add_run_config_entry("gpu_graph_id", str(len(self._bindings) + 1))
         return binding, options

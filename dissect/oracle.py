@@ -49,10 +49,11 @@ _POOLS = {
 }
 
 
+_ADAPTIVE = [getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)]
 _OVER_TIME = (
     *(aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min),
     *(aten.std, aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm),
-    *[getattr(aten, f"adaptive_{kind}_pool{dims}d") for kind in ("avg", "max") for dims in (1, 2, 3)],
+    *_ADAPTIVE,
 )
 
 
@@ -97,12 +98,19 @@ class _Edges(fx.Interpreter):
             return self.conv(_CONV[packet], value.time, *args, **kwargs)
         if packet in _OVER_TIME and self.ends(n, value):
             return n.target(self.newest(args[0], value), *args[1:], **kwargs)
+        if packet in _ADAPTIVE and value.time >= len(value.shape) - len(args[1]):
+            return self.adaptive(n.target, value, *args)
         if packet in _POOLS:
             x, kernel, *rest = args
-            if _spread(kernel, _POOLS[packet])[value.time - len(value.shape)] == value.shape[value.time]:
+            kernel, at = _spread(kernel, _POOLS[packet]), value.time - len(value.shape)
+            if kernel[at] == value.shape[value.time]:  # over the whole clip: over all positions there are
                 x = self.newest(x, value)
+                kernel[at] = min(kernel[at], x.shape[value.time])
             return self.pool(n.target, _POOLS[packet], value.time, x, kernel, *rest, **kwargs)
         if packet is aten.pad or packet is aten.constant_pad_nd:
+            at = 2 * (len(value.shape) - 1 - value.time) + 1
+            if at < len(args[1]) and args[1][at] < 0:  # a crop of the end
+                return self.pad(value.time, self.cut(args[0], value, self.trace.get(n.name)), *args[1:], **kwargs)
             return self.pad(value.time, *args, **kwargs)
         if packet in _TRANSPOSED:
             return self.transposed(_TRANSPOSED[packet], value.time, *args, **kwargs)
@@ -179,7 +187,7 @@ class _Edges(fx.Interpreter):
     def ends(self, n: fx.Node, value: Value) -> bool:
         """The operator leaves one position for the whole clip."""
         packet = n.target.overloadpacket  # type: ignore[union-attr]
-        if "adaptive" in str(packet):
+        if packet in _ADAPTIVE:
             sizes: Any = n.args[1]
             at = value.time - (len(value.shape) - len(sizes))  # type: ignore[operator]
             return bool(at >= 0 and sizes[at] == 1)
@@ -279,6 +287,22 @@ class _Edges(fx.Interpreter):
         x = self.edge(x, time, (size[at] - 1) * gap, pads[at], pads[at], float("-inf") if maximum else 0.0)
         pads[at] = 0
         return target(x, size, step, pads, *rest)  # type: ignore[no-any-return]
+
+    def adaptive(self, target: Any, value: Value, x: Tensor, size: list[int]) -> Any:
+        """An adaptive pool as the original has it, however many positions there are now: space first, then a plain pool."""
+        time: Any = value.time
+        dims, at = len(size), time - len(value.shape) + len(size)
+        count, wanted = value.shape[time], size[at]
+        if count % wanted:
+            raise Unshiftable("an adaptive pool has bins of uneven length")
+        y = target(x, [x.shape[time] if dim == at else width for dim, width in enumerate(size)])
+        y = y[0] if isinstance(y, tuple) else y
+        kernel = [count // wanted if dim == at else 1 for dim in range(dims)]
+        maximum = "max" in str(target)
+        if count > wanted:
+            pool = getattr(aten, f"{'max' if maximum else 'avg'}_pool{dims}d").default
+            y = self.pool(pool, dims, time, y, kernel)
+        return (y, None) if maximum else y
 
     def pad(self, time: int, x: Tensor, widths: list[int], *rest: Any) -> Tensor:
         widths = list(widths)

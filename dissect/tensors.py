@@ -81,9 +81,8 @@ def checked(frame: Any, target: Tensor, spec: InputSpec) -> NDArray[Any]:
     return array
 
 
-def read_only(array: NDArray[Any] | None) -> NDArray[Any]:
-    """A view of the array of a tensor in host memory that nobody can write through."""
-    assert array is not None, "results are in host memory"
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A view of an array that nobody can write through."""
     view = array.view()
     view.flags.writeable = False
     return view

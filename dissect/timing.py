@@ -92,6 +92,8 @@ class Timing:
     still       all its positions are one: the only one of a slice, repeated
     first       the first frame stands in front of position 0, as often as is asked for; ``delay`` counts from there
     newest      rows of the plan that are exact only at the last position of a clip
+    spare       positions at the end that hold nothing but what a padding makes, and the row of the plan that is exact
+                once they are cropped (-1: none)
     wild        what stands outside its positions may be no number at all (a division by zero)
     endless     depends on every frame so far, so that no still scene reaches a steady state
     """
@@ -113,6 +115,7 @@ class Timing:
     newest: frozenset[int] = frozenset()
     endless: bool = False
     wild: bool = False
+    spare: tuple[int, int] = (0, -1)
 
     @property
     def receptive_field(self) -> int:
@@ -127,7 +130,11 @@ class Timing:
 
     def delayed(self, frames: int) -> Timing:
         return self.but(
-            delay=self.delay + frames, old=self.old + frames, new=self.new + frames, wait=max(0, self.wait - frames)
+            delay=self.delay + frames,
+            old=self.old + frames,
+            new=self.new + frames,
+            wait=max(0, self.wait - frames),
+            spare=(0, -1),
         )
 
     def owed(self, frames: int, spacing: int | None = None) -> int:
@@ -164,4 +171,5 @@ def joined(timings: Iterable[Timing]) -> Timing:
         endless=any(timing.endless for timing in known),
         wild=any(timing.wild for timing in known),
         wait=max(timing.wait for timing in known),
+        spare=first.spare if len(set(known)) == 1 else (0, -1),
     )

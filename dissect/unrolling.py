@@ -42,12 +42,13 @@ def frames_to(x: Tensor, dim: int, count: int, stacked: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame of a tensor: ``x[dim, index]``."""
+    """One frame of a tensor, ``x[dim, index]``, or several, ``x[dim, index : index + width]``."""
 
     source: fx.Node
     dim: int
     index: int
     keepdim: bool
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def loops(captured: Captured) -> list[Loop]:
                 matcher.match(copies)
             except _Differ:
                 continue
-            if matcher.sources:
+            if matcher.sources and not _lengthens(node, matcher.wide):
                 found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
     return found
 
@@ -162,6 +163,16 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return captured
+
+
+def _lengthens(node: fx.Node, wide: set[tuple[int, int]]) -> bool:
+    """Whether a node puts windows behind each other along time again: pieces that stay frames are no loop."""
+    if node.target is not aten.cat.default:
+        return False
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    value = node.args[0][0].meta["val"]  # type: ignore[index, union-attr]
+    dim = along % value.dim()
+    return (dim, value.dim()) in wide and value.shape[dim] > 1
 
 
 def _set_apart(node: fx.Node) -> None:
@@ -236,6 +247,12 @@ def _written(node: Any) -> fx.Node:
 
 def frame_in(node: fx.Node) -> Frame | None:
     """The node as one frame of a tensor, if it is that."""
+    found = frames_in(node)
+    return found if found is not None and found.width == 1 else None
+
+
+def frames_in(node: fx.Node) -> Frame | None:
+    """The node as one frame of a tensor, or several neighbours, if it is that."""
     args: Any = node.args
     if node.target is aten.select.int:
         size = args[0].meta["val"].shape[args[1]]
@@ -244,7 +261,8 @@ def frame_in(node: fx.Node) -> Frame | None:
         source, dim, start, stop = (*args, *(0, None, None)[len(args) - 1 :])[:4]
         value = source.meta["val"]
         first, last, _ = slice(start, stop).indices(value.shape[dim])
-        return Frame(source, dim % value.dim(), first, True) if last - first == 1 and value.shape[dim] > 1 else None
+        part = 0 < last - first < value.shape[dim] and (len(args) < 5 or args[4] == 1)
+        return Frame(source, dim % value.dim(), first, True, last - first) if part else None
     if node.target is operator.getitem and isinstance(args[0], fx.Node):
         owner, index = args
         source = owner.args[0]
@@ -271,6 +289,7 @@ class _Matcher:
         self.seen: set[tuple[fx.Node, ...]] = set()
         self.sources: list[tuple[fx.Node, int]] = []
         self.shared: list[fx.Node] = []
+        self.wide: set[tuple[int, int]] = set()  # dimension and rank of what the copies take several frames of
         self.constants: dict[fx.Node, bool] = {}
 
     def match(self, copies: Sequence[fx.Node], build: bool = False) -> fx.Node | None:
@@ -319,20 +338,23 @@ class _Matcher:
 
     def frames(self, row: tuple[fx.Node, ...]) -> list[Frame] | None:
         """The row as frames of one tensor, evenly spaced and in order, if it is that."""
-        found = [frame_in(node) for node in row]
+        found = [frames_in(node) for node in row]
         first = found[0]
         if first is None or self.constant(first.source):
             return None
         frames = [frame for frame in found if frame is not None]
         if len(frames) != len(row) or any(
-            (f.source, f.dim, f.keepdim) != (first.source, first.dim, first.keepdim) for f in frames
+            (f.source, f.dim, f.keepdim, f.width) != (first.source, first.dim, first.keepdim, first.width)
+            for f in frames
         ):
             return None
         step = frames[1].index - first.index
-        if step < 1 or 2 * (frames[-1].index - first.index + 1) < first.source.meta["val"].shape[first.dim]:
+        if step < 1 or 2 * (frames[-1].index - first.index + first.width) < first.source.meta["val"].shape[first.dim]:
             return None
         if any(frame.index != first.index + step * at for at, frame in enumerate(frames)):
             return None
+        if first.width > 1:
+            self.wide.add((first.dim, first.source.meta["val"].dim()))
         if (first.source, first.dim) not in self.sources:
             self.sources.append((first.source, first.dim))
         return frames
@@ -364,17 +386,41 @@ class _Matcher:
         graph, first = row[0].graph, frames[0]
         source, size = first.source, first.source.meta["val"].shape[first.dim]
         step = frames[1].index - first.index
+        if first.width > 1:
+            source, step = self.windows(row[0], first, frames[-1], step), 1
+            return self.mark(row[0], source, first.dim, False)
         stop = frames[-1].index + 1 if frames[-1].index + step < size else size
         if (first.index, step, stop) != (0, 1, size):
             part = (source, first.dim, first.index, stop, step)
             value = source.meta["val"]
             source = graph.create_node("call_function", aten.slice.Tensor, part, name=f"rolled_{row[0].name}_part")
             source.meta = {**row[0].meta, "val": aten.slice.Tensor(value, *part[1:])}
-        frame = graph.create_node(
-            "call_function", frame_of, (source, first.dim, first.keepdim), name=f"rolled_{row[0].name}"
-        )
-        frame.meta = dict(row[0].meta)
+        return self.mark(row[0], source, first.dim, first.keepdim)
+
+    def mark(self, like: fx.Node, source: fx.Node, dim: int, keepdim: bool) -> fx.Node:
+        """The frame of ``source`` that stands for every frame."""
+        frame = like.graph.create_node("call_function", frame_of, (source, dim, keepdim), name=f"rolled_{like.name}")
+        frame.meta = dict(like.meta)
         return frame
+
+    def windows(self, like: fx.Node, first: Frame, last: Frame, step: int) -> fx.Node:
+        """Windows of several frames, one for each copy, on a dimension of their own behind that of time."""
+        source, dim, node = first.source, first.dim, first.source
+        size = source.meta["val"].shape[dim]
+        stop = last.index + first.width
+        stop = stop if stop + step <= size else size
+        rank = source.meta["val"].dim()
+        order = [*range(dim + 1), rank, *range(dim + 1, rank)]
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+        if (first.index, stop) != (0, size):
+            calls.append((aten.slice.Tensor, (dim, first.index, stop)))
+        calls += [(aten.unfold.default, (dim, first.width, step)), (aten.permute.default, (order,))]
+        for target, args in calls:
+            value = target(node.meta["val"], *args)
+            name = f"rolled_{like.name}_{str(target).split('.')[1]}"
+            node = like.graph.create_node("call_function", target, (node, *args), name=name)
+            node.meta = {**like.meta, "val": value}
+        return node
 
     def cloned(self, row: tuple[fx.Node, ...]) -> fx.Node:
         first = row[0]

@@ -291,3 +291,33 @@ def test_what_begins_with_its_end_is_refused(run: Function, reason: str) -> None
     network, clip = made(Between(run))
     with pytest.raises(NotStreamable, match=reason):
         dissect.convert(network, clip, preset="exact")
+
+
+class Chomped(nn.Module):
+    """A causal convolution as it is often written: padded on both sides, cut at the end; in a residual block."""
+
+    def __init__(self, left: int = 4) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(4, 4, 3, padding=left, dilation=2) for _ in range(2)])
+        self.norm = nn.BatchNorm1d(4)
+        self.left = left
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x = x.mean((3, 4))
+        for conv in self.convs:
+            y = self.norm(conv(y)).relu()[:, :, : -self.left]
+        return x + y
+
+
+def test_a_causal_convolution_is_exact_in_the_preset_causal() -> None:
+    network, clip = made(Chomped(), 12)
+    stream = dissect.convert(network, clip, preset="causal")
+    assert stream.plan.exact, str(stream.plan)
+    with torch.no_grad():
+        torch.testing.assert_close(stream.clip(clip), network(clip))
+    law(stream, torch.randn(2, 4, 11, 4, 4, dtype=torch.float64))
+
+
+def test_a_convolution_that_is_not_cropped_whole_is_approximate() -> None:
+    network, clip = made(nn.Sequential(nn.Conv3d(4, 4, (3, 1, 1), padding=(2, 0, 0))), 12)
+    assert not dissect.convert(network, clip, preset="causal").plan.exact

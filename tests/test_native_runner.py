@@ -38,11 +38,12 @@ def model(stream: dissect.Stream, tmp_path_factory: pytest.TempPathFactory) -> P
     return dissect.export(stream, tmp_path_factory.mktemp("native") / "net.onnx", cadence="native")
 
 
-@pytest.fixture(params=["host", "resident"])
+@pytest.fixture(params=["host", "resident", "graphs"])
 def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Host memory, or caches kept where numpy does not reach (as on a GPU, here played by the CPU)."""
-    if request.param == "resident":
-        monkeypatch.setattr(binding, "home_of", lambda session: Home("cpu", 0, resident=True, rebind=True))
+    if request.param != "host":
+        home = Home("cpu", 0, resident=True, rebind=True, graphs=request.param == "graphs")
+        monkeypatch.setattr(binding, "home_of", lambda session: home)
 
 
 def offline(x: NDArray[np.float32]) -> NDArray[np.float32]:

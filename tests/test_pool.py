@@ -24,11 +24,12 @@ from dissect.sessions import Home
 SECONDS = 60  # nobody waits longer in a test; a hang is a failure
 
 
-@pytest.fixture(params=["host", "resident"])
+@pytest.fixture(params=["host", "resident", "graphs"])
 def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Host memory, or caches kept where numpy does not reach (as on a GPU, here played by the CPU)."""
-    if request.param == "resident":
-        monkeypatch.setattr(binding, "home_of", lambda session: Home("cpu", 0, resident=True, rebind=True))
+    if request.param != "host":
+        home = Home("cpu", 0, resident=True, rebind=True, graphs=request.param == "graphs")
+        monkeypatch.setattr(binding, "home_of", lambda session: home)
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,13 @@ from dissect.sessions import Home
 KERNELS = [(3, 1, 1), (3, 2, 0), (3, 0, 0), (4, 1, 2), (5, 0, 4), (2, 1, 0), (1, 0, 0)]
 
 
-@pytest.fixture(params=["host", "resident", "resident, reset input"])
+@pytest.fixture(params=["host", "resident", "resident, reset input", "resident, graphs"])
 def graph_reset(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Host memory, or caches kept where numpy does not reach (as on a GPU, here played by the CPU); then also models
     that have the input ``reset``, which this gives."""
     if request.param != "host":
-        monkeypatch.setattr(binding, "home_of", lambda session: Home("cpu", 0, resident=True, rebind=True))
+        home = Home("cpu", 0, resident=True, rebind=True, graphs=str(request.param).endswith("graphs"))
+        monkeypatch.setattr(binding, "home_of", lambda session: home)
     return str(request.param).endswith("reset input")
 
 

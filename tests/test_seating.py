@@ -17,11 +17,12 @@ from dissect.seating import Seat, Seats
 from dissect.sessions import Home
 
 
-@pytest.fixture(params=["host", "resident"])
+@pytest.fixture(params=["host", "resident", "graphs"])
 def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Table:
     """Six rows in batches of three, in host memory or where numpy does not reach (played by the CPU)."""
-    if request.param == "resident":
-        monkeypatch.setattr(binding, "home_of", lambda session: Home("cpu", 0, resident=True, rebind=True))
+    if request.param != "host":
+        home = Home("cpu", 0, resident=True, rebind=True, graphs=request.param == "graphs")
+        monkeypatch.setattr(binding, "home_of", lambda session: home)
     return Table(open_step(windows((3, 1, 1))), 6, 3)
 
 

@@ -110,5 +110,6 @@ def test_home_follows_the_first_provider() -> None:
 
     assert home_of(Fake("CPUExecutionProvider")) == Home()
     assert home_of(Fake("CUDAExecutionProvider", device_id="1")) == Home("cuda", 1, resident=True, rebind=True)
+    assert home_of(Fake("CUDAExecutionProvider", enable_cuda_graph="1")).graphs
     assert home_of(Fake("TensorrtExecutionProvider")) == Home("cuda", 0, resident=True, rebind=True)
     assert home_of(Fake("DmlExecutionProvider")) == Home(rebind=True)
