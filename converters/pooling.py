@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.nn import functional as F
 
 from dissect.converters.convolution import spread, strided
@@ -15,6 +16,17 @@ from dissect.registry import converter
 from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
+_GROWING = (
+    *(aten.conv_transpose1d.default, aten.conv_transpose3d.input),
+    *(aten.upsample_nearest1d.default, aten.upsample_nearest3d.default, aten._upsample_nearest_exact3d.default),
+    *(aten.upsample_linear1d.default, aten.upsample_trilinear3d.default),
+    *(
+        aten.upsample_nearest3d.vec,
+        aten.upsample_trilinear3d.vec,
+        aten.upsample_nearest1d.vec,
+        aten.upsample_linear1d.vec,
+    ),
+)
 
 
 @converter(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
@@ -113,7 +125,7 @@ def pool(
     size, step, pad, gap = kernel[time], stride[time], padding[time], dilation[time]
     positions = x.axes[channels + time].size
     scale = divisor or 1.0
-    if size == positions and pad == 0 and gap == 1 and size > 1:
+    if size == positions and pad == 0 and gap == 1 and size > 1 and not (step == size and grows(ctx.node)):
         total = ctx.pool_time(y, "sum" if divisor else kind, axes)
         total = ctx.reframe(total, axes.replace(channels + time, plain_axis(1)))
         axes = total.axes
@@ -168,6 +180,20 @@ def pool(
         ctx, y, kind, ages, pad > 0 or ceil_mode, include_pad or not pad, ceil_mode, widen, bool(divisor), axes, timing
     )
     return ctx.call(torch.div, (y, scale), axes, timing, y.dtype) if divisor else y
+
+
+def grows(node: fx.Node) -> bool:
+    """Whether its time is made longer again further on, as in a decoder: then its one position is no end of time."""
+    seen, queue = {node}, [node]
+    while queue:
+        for user in queue.pop().users:
+            if user in seen:
+                continue
+            if user.target in _GROWING:
+                return True
+            seen.add(user)
+            queue.append(user)
+    return False
 
 
 def pool_taps(

@@ -33,6 +33,7 @@ from dissect.primitives import Clock, CumulativeMean, Gate, History, Primitive, 
 from dissect.registry import find, is_patient
 from dissect.timing import Timing, joined
 from dissect.unrolling import Loop, loops, rolled, unlisted
+from dissect.unwrapping import unwrapped
 from dissect.windows import apply, outward
 
 __all__ = ["Context", "Dissected", "Refused", "Value", "converted", "rewrite"]
@@ -738,7 +739,7 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
-    work = unlisted(captured, inputs)
+    work = unwrapped(unlisted(captured, inputs))
     while True:
         found, chained = loops(work), recurring(work)
         if not found and not chained:
