@@ -118,9 +118,8 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
     if not ctx.exact:
         main = ctx.sure(main)
         exact = not right and all(silent(part) for part in left)
-        ctx.row(
-            "frames at the clip's edges", exact=exact, reason="" if exact else "the clip's edges are left out", **facts
-        )
+        lost = "the shorter tensor is left out" if others(main, left + right) else "the clip's edges are left out"
+        ctx.row("frames at the clip's edges", exact=exact, reason="" if exact else lost, **facts)
         before, behind = main.clock.padding
         return Value(
             main.node, out, main.clock.but(length=length, padding=(before + len(left), behind + len(right))), main.dtype
@@ -186,7 +185,13 @@ def in_front_of(ctx: Context, y: Value, left: list[Part], dim: int) -> Value:
             *(source(part) - at * step for at, part in enumerate(left) if not part.value.constant),
         ]
     )
-    if start >= max(clock.delay, 0) + (positions(y.axes) or 0) * step - before:
+    wraps = start >= max(clock.delay, 0) + (positions(y.axes) or 0) * step - before
+    if wraps and others(y, left):
+        raise Refused(
+            "a concatenation along time of two tensors that both go on with the stream: one would begin where the other ends",
+            "concatenate them along channels, or bring one to the positions of the other and add it",
+        )
+    if wraps:
         raise Refused(
             "a concatenation that puts the end of the clip in front of its beginning: the first frame would wait for the last",
             "shift with zeros, or with the first frame",
@@ -204,6 +209,17 @@ def in_front_of(ctx: Context, y: Value, left: list[Part], dim: int) -> Value:
         mask = ctx.ask(Query(start + (at + 1) * step, 1, None))
         y = chosen(ctx, y, frame_of(ctx, part, late, y, dim), mask)
     return replace(y, timing=marked(y, left).but(delay=start, wait=0))
+
+
+def others(main: Value, parts: Sequence[Part]) -> bool:
+    """Whether frames of another tensor that goes on with the stream are among the parts."""
+    return any(
+        part.axis is None
+        and not part.value.constant
+        and part.value.node is not main.node
+        and part.value.clock.length(64) > 2
+        for part in parts
+    )
 
 
 def marked(y: Value, parts: Sequence[Part]) -> Timing:

@@ -814,8 +814,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         try:
             values[node] = converted(ctx, node, values)
         except (Refused, LedgerError) as refused:
-            fix = refused.fix if isinstance(refused, Refused) else "reshape batch and time as whole axes"
-            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), fix, ctx.source))
+            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), refused.fix, ctx.source))
             values[node] = POISON
     if not refusals:
         _finish(ctx, values, outputs)
