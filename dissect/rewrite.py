@@ -31,6 +31,7 @@ from dissect.primitives import Clock, Primitive
 from dissect.registry import find, is_patient
 from dissect.timing import Timing
 from dissect.unrolling import Loop, loops, rolled, unlisted
+from dissect.unwrapping import unwrapped
 from dissect.values import POISON, Dissected, Output, Refused, Value
 from dissect.windows import apply, outward
 
@@ -68,7 +69,7 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
-    work = unlisted(captured, inputs)
+    work = unwrapped(unlisted(captured, inputs))
     while True:
         found, chained = loops(work), recurring(work)
         if not found and not chained:
@@ -143,8 +144,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         try:
             values[node] = converted(ctx, node, values)
         except (Refused, LedgerError) as refused:
-            fix = refused.fix if isinstance(refused, Refused) else "reshape batch and time as whole axes"
-            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), fix, ctx.source))
+            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), refused.fix, ctx.source))
             values[node] = POISON
     if not refusals:
         _finish(ctx, values, outputs)
