@@ -6,11 +6,12 @@ from math import lcm
 
 import torch
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import strided
 from dissect.converters.pooling import pool_taps, spaced
+from dissect.global_pool import pool_time
 from dissect.ledger import plain_axis
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))
     if wanted == 1:
-        return ctx.reframe(ctx.pool_time(y, kind, out), out.replace(channels + time, plain_axis(1)))
+        return ctx.reframe(pool_time(ctx, y, kind, out), out.replace(channels + time, plain_axis(1)))
     if positions % wanted:
         raise Refused(
             f"an adaptive pool of {positions} positions to {wanted} has bins of uneven length, which follow no stream",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from dissect.context import Context, Value
 from dissect.converters.convolution import strided
-from dissect.rewrite import Context, Value
 
 
 def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: int) -> Value:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.shares import Labels, divided, zeroed
+from dissect.global_pool import pool_time
 from dissect.ledger import Axes, Axis, plain_axis
 from dissect.registry import converter, windowed
-from dissect.rewrite import Context, Refused, Value
 from dissect.timing import joined
 from dissect.windows import aligned, count, share, window
 
@@ -141,7 +142,7 @@ def contract(
         part = ctx.graph.call_function(share, (count(ctx, factor), size, result.node))
         result = ctx.call(torch.mul, (result, part), axes, result.clock, result.dtype)
     if any("T" in resolved[label].kinds for label in summed):
-        return ctx.pool_time(result, "sum", axes)
+        return pool_time(ctx, result, "sum", axes)
     return result
 
 

@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from dissect import ledger
+from dissect.context import Context, Refused, Value
 from dissect.converters.cropping import slice_time
 from dissect.converters.time_axis import Part, assembled, chosen
 from dissect.ledger import Axes
 from dissect.meeting import until
 from dissect.primitives import Query
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

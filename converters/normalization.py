@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.crowded import crowded, grouped, rowwise
 from dissect.converters.statistics import moments
 from dissect.meeting import positions
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

@@ -9,11 +9,12 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import spread, strided
+from dissect.global_pool import pool_time
 from dissect.ledger import plain_axis
 from dissect.primitives import WindowReduce
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 _GROWING = (
@@ -126,7 +127,7 @@ def pool(
     positions = x.axes[channels + time].size
     scale = divisor or 1.0
     if size == positions and pad == 0 and gap == 1 and size > 1 and not (step == size and grows(ctx.node)):
-        total = ctx.pool_time(y, "sum" if divisor else kind, axes)
+        total = pool_time(ctx, y, "sum" if divisor else kind, axes)
         total = ctx.reframe(total, axes.replace(channels + time, plain_axis(1)))
         axes = total.axes
         return ctx.call(torch.div, (total, scale), axes, total.timing, total.dtype) if divisor else total

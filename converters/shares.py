@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dissect.context import Context, Value
 from dissect.ledger import Axes
-from dissect.rewrite import Context, Value
 from dissect.windows import kept, masked, windows
 
 aten = torch.ops.aten

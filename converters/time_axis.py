@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from dissect.context import Context, Refused, Value
 from dissect.holding import Choose
 from dissect.ledger import Axis, plain
 from dissect.meeting import hold, lateness, positions, until
 from dissect.primitives import Query
-from dissect.rewrite import Context, Refused, Value
 from dissect.timing import Timing
 
 
