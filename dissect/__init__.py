@@ -29,7 +29,7 @@ _HOME = {
     "NotStreamable": "errors",
     "PlanError": "errors",
     "Refusal": "errors",
-    "Refused": "rewrite",
+    "Refused": "values",
     "StreamError": "errors",
     "VerificationError": "errors",
     "VideoError": "errors",
@@ -50,6 +50,7 @@ _HOME = {
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
+    "quantize": "quantizing",
     "recalibrate": "recalibrating",
     "reconstruct": "reconstructing",
     "verify": "verifying",
@@ -89,6 +90,7 @@ __all__ = [
     "load",
     "per_frame",
     "pointwise",
+    "quantize",
     "recalibrate",
     "reconstruct",
     "verify",
@@ -124,12 +126,13 @@ if TYPE_CHECKING:
     from dissect.plan import Plan
     from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
+    from dissect.quantizing import quantize
     from dissect.recalibrating import recalibrate
     from dissect.reconstructing import reconstruct
     from dissect.registry import converter, pointwise
-    from dissect.rewrite import Refused
     from dissect.runner import Runner
     from dissect.stream import Stream, convert
+    from dissect.values import Refused
     from dissect.verifying import verify
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dissect.rewrite import Dissected, Value
+from dissect.values import Dissected, Value
 
 __all__ = ["centres", "named_centres"]
 

@@ -1,4 +1,4 @@
-"""The command line: ``dissect inspect | convert | distil | verify | bench | run``.
+"""The command line: ``dissect inspect | convert | quantize | distil | verify | bench | run``.
 
 A command parses, calls the API and prints. torch is imported by the commands that need it, never by ``run``.
 """
@@ -6,6 +6,7 @@ A command parses, calls the API and prints. torch is imported by the commands th
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
     show_default=True,
     help="every: an output at each frame. native: those of the clip network alone, its late layers at their own rate.",
 )
+@options.precision
 @click.option("--verify/--no-verify", "checked", default=True, help="Compare the step model with the original.")
 @click.option("--bench/--no-bench", "measured", default=True, help="Measure a step against the sliding window.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for the measurement. [one for each core]")
@@ -100,7 +102,10 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         words = [("plan", workbench.summary(stream)), *workbench.in_words(totals), ("preprocessing", pictures)]
         stage.print(out, rendering.pairs(words))
         stage("writing")
-        with workbench.written(stream, path, rest["cadence"]) as file:
+        with workbench.written(stream, path, rest) as (file, agreement):
+            if agreement is not None:
+                found["agreement"] = asdict(agreement)
+                stage.print(out, rendering.pairs(workbench.agreement_in_words(agreement)))
             if rest["checked"]:
                 from dissect.verifying import verify as verified
 
@@ -125,12 +130,46 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
 
 
 @main.command()
+@click.argument("step", type=STEP)
+@click.argument("streams", nargs=-1, required=True)
+@click.option("-o", "--output", type=STEP, help="Where the 8-bit step model goes. [STEP's name.int8.onnx]")
+@click.option("--keep", multiple=True, help="Layers that stay float, by path pattern: 'layer4.*'. Repeatable.")
+@click.option(
+    "--frames", type=click.IntRange(min=1), default=200, show_default=True, help="Frames of each stream at most."
+)
+@click.option("--reduce-range", is_flag=True, help="Weights of 7 bits, for x86 processors without VNNI.")
+@options.common
+def quantize(
+    step: Path, streams: tuple[str, ...], output: Path | None, as_json: bool, keep: tuple[str, ...], **rest: Any
+) -> None:
+    """Turn the float step model STEP into one of 8 bits, caches too, by what it sees in STREAMS.
+
+    STREAMS are videos, or clips as the network takes them, (N, C, T, H, W), in .npy or .npz files. A few dozen of the kind that the
+    model will see are enough. Prints how far the two agree.
+    """
+    from dissect import rendering, workbench
+    from dissect.quantizing import quantize as quantized
+
+    path = output or step.with_suffix(".int8.onnx")
+    agreement = quantized(step, path, streams, keep=keep, **rest)
+    if as_json:
+        click.echo(json.dumps({"ok": True, "file": str(path), "agreement": asdict(agreement)}))
+    else:
+        words = [
+            *workbench.agreement_in_words(agreement),
+            ("file", f"{path}, {rendering.kilobytes(path.stat().st_size)}"),
+        ]
+        rendering.console().print(rendering.pairs(words))
+
+
+@main.command()
 @click.argument("model")
 @click.argument("videos", nargs=-1, required=True)
 @click.option("-o", "--output", type=STEP, help="Where the step model goes. [MODEL's name.PRESET.onnx]")
 @options.network
 @options.surgery
 @options.pictures
+@options.precision
 @options.learning
 @options.common
 def distil(model: str, videos: tuple[str, ...], output: Path | None, as_json: bool, **rest: Any) -> None:
@@ -157,7 +196,9 @@ def distil(model: str, videos: tuple[str, ...], output: Path | None, as_json: bo
     out.print(rendering.pairs(lessons.in_words()))
     with rendering.Stages(2) as stage:
         stage("writing")
-        with workbench.written(stream, path) as file:
+        with workbench.written(stream, path, {**rest, "cadence": "every"}) as (file, agreement):
+            if agreement is not None:
+                stage.print(out, rendering.pairs(workbench.agreement_in_words(agreement)))
             stage("verifying")
             report = verified(stream, onnx=file, progress=stage.detail)
             stage.print(out, rendering.report_table(report.rows))

@@ -88,6 +88,8 @@ class CacheSpec:
     The role is ``"cache"``, ``"age"`` (int64 ``(batch,)``: frames seen) or ``"length"`` (int64 ``(batch,)``:
     0 while the stream is live, the stream's length during its flush). ``due`` is ``(start, gap)``: the new cache counts
     at the frames ``t`` with ``t % gap == start``, which is every frame but in the native cadence; at others it is left.
+    Where a ``scale`` is given, the numbers stand for ``scale * (number - zero_point)``; the zero point is 0 wherever
+    this dissect wrote the file.
     """
 
     input: str
@@ -97,6 +99,8 @@ class CacheSpec:
     path: str = ""
     role: str = "cache"
     due: tuple[int, int] = (0, 1)
+    scale: float | None = None
+    zero_point: int = 0
 
     @property
     def bytes(self) -> int:
@@ -209,6 +213,7 @@ class Contract:
                         "path": s.path,
                         "role": s.role,
                         **({} if s.due == (0, 1) else {"due": s.due}),
+                        **({} if s.scale is None else {"scale": s.scale, "zero_point": s.zero_point}),
                     }
                     for s in self.caches
                 ]

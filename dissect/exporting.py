@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,21 +19,26 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.cadence import CADENCES, Native, native
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
+from dissect.forms import Cache, fresh
 from dissect.lowering import lower
 from dissect.squeezing import squeeze
 from dissect.stream import Stream
+from dissect.tuning import tune
+from dissect.wrapping import Flat, Resetting, recast
 
 __all__ = ["contract_of", "export"]
 
 #: above this, weights go to a file of their own (a protobuf holds no more)
 LIMIT = 2_000_000_000
 ROWS = 3  # the batch of the trace; the file's is dynamic
+
+#: what weights and caches may be
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 
 def export(
@@ -44,21 +49,43 @@ def export(
     labels: Sequence[str] | None = None,
     reset: bool = False,
     cadence: str = "every",
+    dtype: str = "float32",
+    calibration: Iterable[Any] = (),
+    live: bool = False,
 ) -> Path:
     """Write the step model of ``stream`` to ``path`` and return the path.
 
-    ``preprocess`` (a :class:`~dissect.Preprocess`) and ``labels`` go into the file's metadata. ``reset`` adds a
-    boolean input ``reset``, ``(batch,)``, that clears a row's caches before the step. ``cadence`` is ``"every"``, an
-    output at every frame, or ``"native"``, the outputs of the offline network alone, whose late layers then run only
-    at the frames that need them (see :mod:`dissect.cadence`). Raises :class:`~dissect.ExportError` where ONNX has no
-    form for an operator.
+    Args:
+        stream: what :func:`dissect.convert` gave.
+        path: the new file.
+        preprocess: a :class:`~dissect.Preprocess`, kept in the file's metadata.
+        labels: the names of the classes, kept there too.
+        reset: adds a boolean input ``reset``, ``(batch,)``, that clears a row's caches before the step.
+        cadence: ``"every"``, an output at every frame, or ``"native"``, the outputs of the offline network alone, whose
+            late layers then run only at the frames that need them (see :mod:`dissect.cadence`).
+        dtype: of weights and caches; frames and outputs are float32. ``"float16"`` is for GPUs, ``"int8"`` needs
+            ``calibration``, see :func:`dissect.quantize`.
+        calibration: the streams that the ranges of ``"int8"`` are taken from: videos, clips or frames.
+        live: leaves out what only the warm-up and the end of a stream need; outputs during the warm-up are then not
+            the original's, and there is no flush.
+
+    Raises :class:`~dissect.ExportError` where ONNX has no form for an operator.
     """
+    if dtype not in (*PRECISIONS, "int8"):
+        raise ExportError(f"dtype={dtype!r}: a step model is float32, float16 or int8.")
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         raise ExportError(
             f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name a file in a folder"
         )
-    model = to_model(stream, preprocess, labels, reset, cadence)
+    if dtype == "int8":
+        from dissect.quantizing import quantize
+
+        with _beside(target) as whole:
+            options = {"preprocess": preprocess, "labels": labels, "reset": reset, "cadence": cadence, "live": live}
+            quantize(export(stream, whole, **options), target, calibration)
+        return target
+    model = to_model(stream, preprocess, labels, reset, cadence, dtype, live)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     with _beside(target) as partial:
         if size > LIMIT:
@@ -77,6 +104,8 @@ def to_model(
     labels: Sequence[str] | None = None,
     reset: bool = False,
     cadence: str = "every",
+    dtype: str = "float32",
+    live: bool = False,
 ) -> ir.Model:
     """The step model as an ``onnx_ir`` model, with its metadata."""
     if cadence not in CADENCES:
@@ -84,25 +113,31 @@ def to_model(
     sparse = native(stream) if cadence == "native" else None
     if sparse is not None and reset:
         raise ExportError("reset=True clears a row at any frame, and with cadence='native' rows share their phase")
-    contract = contract_of(stream, preprocess, labels, sparse)
-    step: Any = lower(stream if sparse is None else sparse)
+    if sparse is not None and live:
+        raise ExportError("live=True leaves out the clock, and with cadence='native' the phases need it")
+    source = stream if sparse is None else sparse
+    step: Any = lower(source)
     frames = [
         leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
         for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
     ]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
-    caches = [cache.spec.zeros(ROWS, torch.float32) for cache in (sparse or stream).cache_list]
+    squeeze(step, (*frames, *fresh(source.cache_list, ROWS, torch.float32)))
+    precision = PRECISIONS[dtype]
+    tuned = tune(step, source.cache_list, frames, live=live, blocked=precision == torch.float32)
+    if precision != torch.float32:
+        recast(step, torch.float32, precision)
+    args = (*frames, *fresh(tuned.caches, ROWS, precision))
+    contract = contract_of(stream, preprocess, labels, tuned.caches, precision, sparse)
     names = [spec.name for spec in contract.inputs] + [cache.input for cache in contract.caches]
     outs = [spec.name for spec in contract.outputs] + [cache.output for cache in contract.caches]
-    args: tuple[Tensor, ...] = (*frames, *caches)
-    squeeze(step, args)
     if reset:
-        step = _Resetting(step, len(frames))
+        step = Resetting(step, len(frames))
         args = (*args, torch.zeros(ROWS, dtype=torch.bool))
         names.append("reset")
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     kept = [_moves(output) for output in stream.dissected.outputs if output.value is not None]
-    flat = _Flat(step, kept)
+    flat = Flat(step, len(frames), kept, precision)
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
@@ -122,40 +157,9 @@ def to_model(
     return model
 
 
-class _Flat(nn.Module):
-    """A step whose outputs are flat, without those that never change."""
-
-    def __init__(self, step: nn.Module, kept: Sequence[bool]) -> None:
-        super().__init__()
-        self.step = step
-        self.kept = tuple(kept)
-
-    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        values = tuple(self.step(*args))
-        outputs = [value for value, kept in zip(values, self.kept, strict=False) if kept]
-        return (*outputs, *values[len(self.kept) :])
-
-
 def _moves(output: Any) -> bool:
     """Whether an output depends on the clip; a step model has no others."""
     return output.value is not None and output.value.timing is not None
-
-
-class _Resetting(nn.Module):
-    """A step whose last input clears the caches of single rows first."""
-
-    def __init__(self, step: nn.Module, frames: int) -> None:
-        super().__init__()
-        self.step = step
-        self.frames = frames
-
-    def forward(self, *args: Tensor) -> Any:
-        *given, reset = args
-        frames, caches = given[: self.frames], given[self.frames :]
-        fresh = [
-            torch.where(reset.reshape(-1, *[1] * (cache.dim() - 1)), torch.zeros_like(cache), cache) for cache in caches
-        ]
-        return self.step(*frames, *fresh)
 
 
 def _tidy(model: ir.Model) -> None:
@@ -196,9 +200,17 @@ def _name_batch(model: ir.Model) -> None:
 
 
 def contract_of(
-    stream: Stream, preprocess: Any = None, labels: Sequence[str] | None = None, sparse: Native | None = None
+    stream: Stream,
+    preprocess: Any = None,
+    labels: Sequence[str] | None = None,
+    kept: Sequence[Cache] | None = None,
+    precision: torch.dtype = torch.float32,
+    sparse: Native | None = None,
 ) -> Contract:
-    """All that a runner must know of the step model; ``sparse`` is the native cadence, where it has one."""
+    """All that a runner must know of the step model.
+
+    ``kept``: its caches, if they are not those of the step form; ``sparse``: the native cadence, where it has one.
+    """
     from dissect import __version__
 
     dissected = stream.dissected
@@ -228,12 +240,12 @@ def contract_of(
             cache.name,
             f"new_{cache.name}",
             ("batch", *cache.spec.shape),
-            _dtype(cache.spec.dtype or torch.float32),
+            _dtype(cache.spec.dtype or precision),
             cache.path,
             cache.spec.role,
             cache.due,
         )
-        for cache in (stream if sparse is None else sparse).cache_list
+        for cache in (stream.cache_list if kept is None else kept)
     )
     indices = iter(range(len(outputs)))
     positions = [next(indices) if _moves(output) else None for output in dissected.outputs]

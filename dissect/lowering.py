@@ -20,27 +20,74 @@ from torch.nn import functional as F
 from dissect.cadence import Native
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.forms import Form
-from dissect.primitives import stacked, tap
+from dissect.primitives import stacked
 from dissect.stream import Stream
+from dissect.wrapping import recast
 
 __all__ = ["Affine", "LoweredConv", "lower"]
 
 
 class LoweredConv(nn.Module):
-    """A convolution of a step with its taps fixed: one over stacked channels, or one a tap and their sum."""
+    """A convolution of a step with its taps fixed: the sum of one convolution for each of ``pieces``.
+
+    A piece is the ages that one convolution reads, stacked on the channels: all of them, or one tap where there are
+    groups. None stands for a convolution of the present value alone.
+    """
 
     def __init__(self, conv: FrameConv) -> None:
         super().__init__()
         assert conv.weight is not None
         self.conv = conv
-        self.ages: Sequence[int] | None = conv.ages if isinstance(conv, TemporalConv) else None
         taps = conv.taps(conv.weight.detach())
-        whole = isinstance(conv, TemporalConv) and conv.groups == 1
-        kernels = [conv.stacked(taps)] if isinstance(conv, TemporalConv) and whole else list(taps)
+        self.pieces: list[tuple[int, ...]] | None = None
+        kernels = [taps[0]]
+        if isinstance(conv, TemporalConv):
+            whole = conv.groups == 1
+            kernels = [conv.stacked(taps)] if whole else list(taps)
+            self.pieces = [conv.ages] if whole else [(age,) for age in conv.ages]
         self.kernels = nn.ParameterList([nn.Parameter(kernel.contiguous(), requires_grad=False) for kernel in kernels])
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         conv.register_parameter("weight", None)
         conv.register_parameter("bias", None)
+
+    def split(self, pieces: Sequence[Sequence[int]]) -> None:
+        """Convolve ``pieces`` of the ages one by one instead of all of them at once."""
+        assert self.pieces is not None
+        assert len(self.pieces) == 1
+        assert [age for piece in pieces for age in piece] == list(self.pieces[0])
+        dim = 0 if self.conv.transposed else 1
+        (whole,) = self.kernels
+        channels = whole.shape[dim] // len(self.pieces[0])
+        parts = whole.detach().split([len(piece) * channels for piece in pieces], dim)
+        self.pieces = [tuple(piece) for piece in pieces]
+        self.kernels = nn.ParameterList([nn.Parameter(part.contiguous(), requires_grad=False) for part in parts])
+
+    @property
+    def width(self) -> int:
+        """The channels that it reads of one frame."""
+        if self.conv.groups > 1:
+            return int(self.kernels[0].shape[1]) * self.conv.groups
+        return int(self.kernels[0].shape[1]) // (1 if self.pieces is None else len(self.pieces[0]))
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is convolved for itself."""
+        kernel = self.kernels[0]
+        return self.conv.groups > 1 and not self.conv.transposed and kernel.shape[1] == 1 and len(kernel) == self.width
+
+    def widen(self, taken: int, given: int) -> None:
+        """Read ``taken`` channels more, as if they were zero, and give ``given`` more, which are zero."""
+        deep = self.depthwise
+        for at, kernel in enumerate(self.kernels):
+            taps = 1 if self.pieces is None or deep else len(self.pieces[at])
+            apart = kernel.detach().unflatten(1, (taps, -1))
+            spare = [0, 0] * (kernel.dim() - 2)
+            apart = F.pad(apart, [*spare, 0, 0 if deep else taken, 0, 0, 0, given])
+            self.kernels[at] = nn.Parameter(apart.flatten(1, 2), requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(F.pad(self.bias.detach(), [0, given]), requires_grad=False)
+        if deep:
+            self.conv.groups += given
 
     def scale(self, factor: Tensor, shift: Tensor) -> None:
         """Fold ``y * factor + shift``, per output channel, into the weights."""
@@ -57,15 +104,19 @@ class LoweredConv(nn.Module):
         bias = shift if self.bias is None else self.bias * factor + shift
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, known: Any, frames: None = None) -> Tensor:
-        conv = self.conv
-        if self.ages is None:
-            return conv.space(known, self.kernels[0], self.bias, conv.groups)
-        if len(self.kernels) == 1:
-            return conv.space(stacked(known, self.ages), self.kernels[0], self.bias, conv.groups)
-        total = conv.space(tap(known, self.ages[-1], None), self.kernels[-1], self.bias, conv.groups)
-        for age, kernel in zip(self.ages[:-1], list(self.kernels)[:-1], strict=True):
-            total = total + conv.space(tap(known, age, None), kernel, None, conv.groups)
+    def forward(self, known: Any, onto: Tensor | None = None, frames: None = None) -> Tensor:
+        """The convolution; ``onto`` is what its sum begins with.
+
+        The newest frame comes first, and each sum is written with the older frame's part in front: so ONNX Runtime
+        fuses it into that part, which then waits for its turn instead of being computed ahead of everything.
+        """
+        conv, total = self.conv, onto
+        last = len(self.kernels) - 1
+        for at in range(last, -1, -1):
+            x = known if self.pieces is None else stacked(known, self.pieces[at])
+            part = conv.space(x, self.kernels[at], self.bias if at == last else None, conv.groups)
+            total = part if total is None else part + total
+        assert total is not None
         return total
 
 
@@ -88,10 +139,8 @@ def lower(stream: Stream | Native, dtype: torch.dtype = torch.float32) -> nn.Mod
     module: fx.GraphModule = form.__dict__["run"]
     module.eval()
     module.to(dtype)  # the graph module itself: a copy of the form does not share its buffers with it
-    for node in module.graph.nodes:  # a cast to the network's own precision is one to that of the step
-        if dtype != torch.float64 and node.op == "call_function":
-            node.args = fx.node.map_aggregate(node.args, lambda leaf: dtype if leaf is torch.float64 else leaf)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: dtype if leaf is torch.float64 else leaf)
+    if dtype != torch.float64:  # a cast to the network's own precision is one to that of the step
+        recast(module, torch.float64, dtype)
     settle(module)
     fold(module)
     drop(module)

@@ -25,7 +25,7 @@ import click
 from dissect.errors import DissectError, VerificationError
 from dissect.plan import FILLS, POOLS, PRESETS, SKIPS
 
-__all__ = ["INPUT", "Commands", "common", "learning", "merged", "network", "pictures", "surgery"]
+__all__ = ["INPUT", "Commands", "common", "learning", "merged", "network", "pictures", "precision", "surgery"]
 
 _DEBUG = "dissect.debug"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -261,6 +261,29 @@ def surgery(function: Function) -> Function:
             default="d3d",
             show_default=True,
             help="d3d: cheapest, to be trained. causal: no delay. exact: the clip network's own outputs, delayed.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def precision(function: Function) -> Function:
+    """What the step model computes in, and what it leaves out."""
+    for option in (
+        click.option("--live", is_flag=True, help="Without what only the warm-up and the end of a stream need."),
+        click.option(
+            "--calibrate",
+            "calibration",
+            multiple=True,
+            metavar="STREAM",
+            help="A video, or clips in a .npy or .npz file, that the ranges of int8 are taken from. Repeatable.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "float16", "int8"]),
+            default="float32",
+            show_default=True,
+            help="Of weights and caches. float16 is for GPUs; int8 needs --calibrate.",
         ),
     ):
         function = option(function)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,18 @@ from torch import Tensor, nn
 
 from dissect.timing import Length
 
-__all__ = ["CacheSpec", "Clock", "CumulativeMean", "Gate", "History", "Primitive", "Query", "Tap", "WindowReduce"]
+__all__ = [
+    "CacheSpec",
+    "Clock",
+    "CumulativeMean",
+    "Gate",
+    "History",
+    "Known",
+    "Primitive",
+    "Query",
+    "Tap",
+    "WindowReduce",
+]
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,26 @@ class History(Primitive):
         return f"frame={self.frame}, depth={self.depth}"
 
 
+class Known:
+    """What a history knows at one step, held in another way than as the pair of a cache and the newest value.
+
+    Law: :meth:`tap` and :meth:`stacked` say what the functions of the same names say of that pair.
+    """
+
+    newest: Tensor
+
+    def tap(self, age: int) -> Tensor:
+        raise NotImplementedError
+
+    def stacked(self, ages: Sequence[int]) -> Tensor:
+        parts = [self.tap(age) for age in ages]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def tap(known: Any, age: int, frames: int | None) -> Tensor:
     """The value ``age`` frames ago out of a :class:`History`: ``(rows, C, ...)``."""
+    if isinstance(known, Known):
+        return known.tap(age)
     if frames is None:
         cache, x = known
         if age == 0:
@@ -103,6 +133,8 @@ def tap(known: Any, age: int, frames: int | None) -> Tensor:
 
 def stacked(known: Any, ages: Sequence[int]) -> Tensor:
     """The step form's frames of the given ages (falling), stacked on dimension 1: one slice a run of ages."""
+    if isinstance(known, Known):
+        return known.stacked(ages)
     cache, x = known
     channels = x.shape[1]
     parts: list[Tensor] = []
@@ -185,6 +217,11 @@ class Clock(Primitive):
         return (age, CacheSpec((), torch.int64, "length")) if self.flushes else (age,)
 
     def forward(self, like: Tensor, caches: tuple[Tensor, ...] | None = None, frames: int | None = None) -> Any:
+        answers, new = self.told(like, caches, frames)
+        return tuple(answers[:, index] for index in range(len(self.queries))), new
+
+    def told(self, like: Tensor, caches: tuple[Tensor, ...] | None = None, frames: int | None = None) -> Any:
+        """The answers to all questions in one tensor, ``(rows, questions)``, and the new caches."""
         chunk = frames or 1
         if caches is None:
             age = torch.zeros(like.shape[0] // chunk, dtype=torch.int64, device=like.device)
@@ -201,10 +238,14 @@ class Clock(Primitive):
         answers = answers.to(like.dtype if like.is_floating_point() else torch.get_default_dtype())
         later = age + chunk
         turn = self.settled + self.period
-        wrapped = torch.where(later >= turn, self.settled + (later - self.settled) % self.period, later)
+        wrapped = (
+            later.clamp(max=self.settled)
+            if self.period == 1
+            else torch.where(later >= turn, self.settled + (later - self.settled) % self.period, later)
+        )
         new_age = torch.where(length > 0, later, wrapped) if self.flushes else wrapped
         new = (new_age, length + 0) if self.flushes else (new_age,)
-        return tuple(answers[:, index] for index in range(len(self.queries))), new
+        return answers, new
 
     def answer(self, time: Tensor, ended: Tensor) -> Tensor:
         """``(rows, queries)`` counts, all queries at once."""
@@ -216,8 +257,18 @@ class Clock(Primitive):
         stride = row([query.stride for query in self.queries])
         positions = row([query.positions for query in self.queries])
 
-        def clamp(count: Tensor, most: Tensor) -> Tensor:
-            return torch.minimum(count.clamp(min=0), most)
+        unit = all(
+            query.stride == 1 for query in self.queries
+        )  # then there is nothing to divide, in a step not even a node
+        same = len({query.positions for query in self.queries}) == 1
+
+        def divided(frames: Tensor) -> Tensor:
+            return frames if unit else frames.div(stride, rounding_mode="floor")
+
+        def clamp(count: Tensor) -> Tensor:
+            if same:
+                return count.clamp(0, self.queries[0].positions)
+            return torch.minimum(count.clamp(min=0), positions)
 
         if self.flushes:
             chains = list(dict.fromkeys(query.length or Length() for query in self.queries))
@@ -226,11 +277,11 @@ class Clock(Primitive):
             high = low + stride * (counts[:, index] - 1)
             endless = row([query.length is None for query in self.queries])
             live = (ended == 0) | endless
-            count = clamp((time - low).div(stride, rounding_mode="floor") + 1, positions)
-            over = clamp(-(high - time).div(stride, rounding_mode="floor"), positions)
+            count = clamp(divided(time - low) + 1)
+            over = clamp(-divided(high - time))
             count = count - torch.where(live, torch.zeros_like(over), over)
         else:
-            count = clamp((time - low).div(stride, rounding_mode="floor") + 1, positions)
+            count = clamp(divided(time - low) + 1)
         if self.phased:
             since = (time - low) % stride
             count = count * ((since == 0) | ~row([query.phase for query in self.queries]))
@@ -243,6 +294,8 @@ class Clock(Primitive):
 
 
 def lifted(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dim() == like.dim() > 1:
+        return mask.to(like.dtype)
     return mask.reshape(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
 
@@ -317,11 +370,11 @@ class WindowReduce(Primitive):
 
     def summed(self, known: Any) -> Tensor:
         """A long window in one reduction instead of one addition a frame."""
-        cache, x = known
-        frames = len(self.ages) - 1
-        past = cache[:, cache.shape[1] - frames * x.shape[1] :]
-        past = past.reshape(past.shape[0], frames, x.shape[1], -1)
-        return past.sum(1).reshape(x.shape) + x  # type: ignore[no-any-return]
+        values = stacked(known, self.ages)
+        count, (channels, *space) = len(self.ages), (values.shape[1] // len(self.ages), *values.shape[2:])
+        if not space:
+            return values.reshape(-1, count, channels).sum(1)
+        return values.reshape(-1, count, channels, prod(space)).sum(1).reshape(-1, channels, *space)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, ages={self.ages}, divisor={self.divisor}"

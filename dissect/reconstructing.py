@@ -36,8 +36,8 @@ from dissect.least_squares import NormalEquations
 from dissect.ledger import split_frames
 from dissect.recalibrating import batch_norms
 from dissect.rendering import Bar
-from dissect.rewrite import Value
 from dissect.stream import Stream
+from dissect.values import Value
 
 __all__ = ["reconstruct"]
 

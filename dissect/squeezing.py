@@ -9,6 +9,7 @@ know gets its operands in their own shapes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dissect.converters.pooling import adaptive_space
+from dissect.converters.adaptive import adaptive_space
 from dissect.lowering import Affine, LoweredConv
 from dissect.windows import filled, share
 
-__all__ = ["squeeze"]
+__all__ = ["Drop", "Squeeze", "shapes_of", "squeeze"]
 
 RANK = 4
 _ELEMENTWISE = {torch.mul, torch.div, torch.add, torch.sub}
@@ -50,16 +51,24 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-def squeeze(module: fx.GraphModule, args: Sequence[Tensor]) -> None:
-    """Rewrite ``module``, in place, for inputs like ``args``."""
+def shapes_of(module: fx.GraphModule, args: Sequence[Tensor]) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of every tensor in a run on ``args``."""
     shapes = _Shapes(module)
     with torch.no_grad():
         shapes.run(*args)
-    if any(len(shape) > RANK for node, shape in shapes.shapes.items() if node.op != "get_attr"):
-        _Squeeze(module, shapes.shapes).run()
+    return shapes.shapes
 
 
-class _Squeeze:
+def squeeze(module: fx.GraphModule, args: Sequence[Tensor]) -> None:
+    """Rewrite ``module``, in place, for inputs like ``args``."""
+    shapes = shapes_of(module, args)
+    if any(len(shape) > RANK for node, shape in shapes.items() if node.op != "get_attr"):
+        Squeeze(module, shapes).run()
+
+
+class Squeeze:
+    """One walk over a graph that emits it anew; ``drops`` says which dimensions each value has lost."""
+
     def __init__(self, module: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> None:
         self.module, self.shapes = module, shapes
         self.graph = fx.Graph()
@@ -91,7 +100,7 @@ class _Squeeze:
 
     def spare(self, node: fx.Node, not_these: Sequence[int] = ()) -> Drop:
         """The dimensions to drop: ones, from the front, as many as are too many; or else the last two as one."""
-        shape = self.shapes[node]
+        shape = self.shapes.get(node, ())
         rank = len(shape)
         ones = [dim for dim in range(2, rank) if shape[dim] == 1 and dim not in not_these]
         drop = tuple(ones[: max(0, rank - RANK)])
@@ -99,16 +108,23 @@ class _Squeeze:
             return (MERGED, *drop)
         return drop
 
+    def concerned(self, node: fx.Node) -> bool:
+        """Whether ``node`` has something to drop, by itself or because it reads what has."""
+        reads = [arg for arg in node.all_input_nodes if arg in self.shapes]
+        return len(self.shapes.get(node, ())) > RANK or any(self.drops[arg] for arg in reads)
+
     def rewritten(self, node: fx.Node) -> Drop | None:
         """Emit ``node`` squeezed and say what it lost; None where it stays as it is."""
-        reads = [arg for arg in node.all_input_nodes if arg in self.shapes]
-        if len(self.shapes.get(node, ())) <= RANK and not any(self.drops[arg] for arg in reads):
+        if not self.concerned(node):
             return None
         if node.target is torch.reshape:
             drop = self.spare(node)
             value = node.args[0]
             assert isinstance(value, fx.Node)
-            self.made[node] = self.graph.call_function(torch.reshape, (self.made[value], self.without(node, drop)))
+            shape = self.without(node, drop)
+            same = value in self.shapes and shape == self.without(value, self.drops[value]) and shape[0] == -1
+            made = self.made[value]
+            self.made[node] = made if same else self.graph.call_function(torch.reshape, (made, shape))
             return drop
         if node.op == "call_module":
             return self.layer(node, self.module.get_submodule(str(node.target)))
@@ -170,13 +186,13 @@ class _Squeeze:
         before, after = self.shapes[source], self.shapes.get(node, ())
         if isinstance(layer, Affine) and len(before) == len(after) > RANK:
             return self.copied(node, self.spare(node))
-        if not isinstance(layer, LoweredConv) or layer.ages is not None or layer.conv.transposed:
+        if not isinstance(layer, LoweredConv) or layer.pieces is not None or layer.conv.transposed:
             return None
+        drop = self.dropped(before, [dim for dim in range(2, len(before)) if before[dim] == after[dim] == 1])
+        if drop is None:
+            return None
+        layer = self.own(node, layer)
         conv, kernels = layer.conv, layer.kernels
-        ones = [dim for dim in range(2, len(before)) if before[dim] == after[dim] == 1]
-        drop = tuple(ones[: len(before) - RANK])
-        if len(before) - len(drop) > RANK:
-            return None
         for index, kernel in enumerate(kernels):  # of one position, one tap meets it, the others its padding
             for dim in drop:
                 tap, step = divmod(conv.padding[dim - 2][0], conv.dilation[dim - 2])
@@ -189,6 +205,20 @@ class _Squeeze:
         conv.padding = tuple(conv.padding[dim] for dim in kept)
         conv.dilation = tuple(conv.dilation[dim] for dim in kept)
         return self.copied(node, drop)
+
+    def dropped(self, shape: tuple[int, ...], ones: Sequence[int]) -> Drop | None:
+        """Which of a convolution's single positions go; None where those would not be enough."""
+        drop = tuple(ones[: len(shape) - RANK])
+        return drop if len(shape) - len(drop) <= RANK else None
+
+    def own(self, node: fx.Node, layer: LoweredConv) -> LoweredConv:
+        """The layer, or a copy of it where it is called elsewhere too: its dimensions are this call's."""
+        calls = [other for other in self.module.graph.nodes if (other.op, other.target) == (node.op, node.target)]
+        if len(calls) > 1:
+            layer = copy.deepcopy(layer)
+            node.target = f"squeezed_{node.name}"
+            self.module.add_submodule(node.target, layer)
+        return layer
 
     def cat(self, node: fx.Node) -> Drop | None:
         parts, dim = node.args

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from dissect.quantizing import Agreement
     from dissect.runner import Runner
     from dissect.stream import Stream
     from dissect.verifying import Report
 
 __all__ = [
     "Work",
+    "agreement_in_words",
     "batched",
     "describe",
     "in_words",
@@ -153,10 +155,11 @@ def batched(shape: Any, batch: int) -> Any:
 
 
 @contextmanager
-def written(stream: Stream, path: Path, cadence: str = "every") -> Iterator[Path]:
+def written(stream: Stream, path: Path, given: Mapping[str, Any]) -> Iterator[tuple[Path, Agreement | None]]:
     """Write the step model to a temporary file for the time of the block; to ``path`` if the block ends in peace.
 
-    It gets there by a rename, so that ``path`` is at any time what it was before or a whole step model. Raises
+    The block gets the file and, where it is in 8 bits, how far it agrees with the float one. The file moves by a
+    rename, so that ``path`` is at any time what it was before or a whole step model. Raises
     :class:`~dissect.errors.ExportError` before anything is written where ``path`` is no place for a file.
     """
     if path.is_dir() or not path.parent.is_dir():
@@ -164,12 +167,32 @@ def written(stream: Stream, path: Path, cadence: str = "every") -> Iterator[Path
             f"{path} {'is a folder' if path.is_dir() else 'lies in no folder'}; name a file with --output."
         )
     with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
-        file = stream.export(Path(folder) / path.name, cadence=cadence)
-        yield file
+        file, agreement = Path(folder) / path.name, None
+        if given["dtype"] == "int8":
+            from dissect.quantizing import quantize
+
+            if not given["calibration"]:
+                raise ExportError("--dtype int8 takes its ranges from streams: name videos or clips with --calibrate.")
+            whole = stream.export(Path(folder) / "float.onnx", cadence=given["cadence"], live=given["live"])
+            agreement = quantize(whole, file, given["calibration"])
+            whole.unlink()
+        else:
+            stream.export(file, cadence=given["cadence"], dtype=given["dtype"], live=given["live"])
+        yield file, agreement
         # The weights of a model past 2 GB lie in a file of their own, which must be there first.
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
             with tempfile.TemporaryDirectory(prefix=f".{part.name}.", dir=path.parent) as beside:
                 os.replace(shutil.copyfile(part, Path(beside) / part.name), path.parent / part.name)
+
+
+def agreement_in_words(agreement: Agreement) -> list[tuple[str, str]]:
+    """How far an 8-bit step model agrees with the float one, as names and values to read."""
+    same = "" if agreement.top1 is None else f"top-1 agreement {agreement.top1:.1%}, "
+    return [
+        ("8 bits", f"{agreement.layers} of {agreement.weighted} layers"),
+        ("caches", f"{kilobytes(agreement.after)} a stream instead of {kilobytes(agreement.before)}"),
+        ("against float32", f"{same}relative error {agreement.error:.3f} over {agreement.steps} steps"),
+    ]
 
 
 def plain(report: Report) -> dict[str, Any]:

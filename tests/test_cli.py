@@ -585,3 +585,34 @@ def test_other_inputs(args: tuple[str, ...], tmp_path: Path) -> None:
     for _ in range(3):
         run.step(*[np.zeros((1, *spec.shape[1:]), spec.dtype) for spec in run.inputs])
     assert run.inputs[0].dtype == ("uint8" if args[0] == "Bytes" else "float32")
+
+
+@pytest.mark.parametrize("preset", ["d3d", "exact"])
+def test_quantize_says_how_far_the_two_agree(steps: dict[str, Path], film: Path, tmp_path: Path, preset: str) -> None:
+    np.save(tmp_path / "clips.npy", np.random.default_rng(0).standard_normal((2, 3, 9, 16, 16)).astype(np.float32))
+    target = tmp_path / "small.onnx"
+    streams = [film, tmp_path / "clips.npy"]
+    found = json.loads(call("quantize", steps[preset], *streams, "-o", target, "--json").stdout)
+    assert found["agreement"]["steps"] == 20 + 2 * 9
+    assert found["agreement"]["error"] < 0.1
+    assert found["agreement"]["before"] > 2 * found["agreement"]["after"]
+    printed = call("quantize", steps[preset], film, "-o", target, "--frames", 4).stdout
+    assert "layers" in printed
+    assert "top-1 agreement" in printed
+    run = call("run", target, film, "--jsonl").stdout.splitlines()
+    assert len(run) == len(call("run", steps[preset], film, "--jsonl").stdout.splitlines())
+
+
+def test_convert_to_8_bits_takes_films(weights: Path, film: Path, tmp_path: Path) -> None:
+    options = ["--arch", TINY, *SMALL, "--no-bench", "--preset", "exact", "-o", tmp_path / "net.onnx"]
+    found = json.loads(call("convert", weights, *options, "--dtype", "int8", "--calibrate", film, "--json").stdout)
+    assert found["agreement"]["layers"] > 0
+    assert {"int8", "uint8"} & {cache.dtype for cache in dissect.Runner(tmp_path / "net.onnx").caches}
+    notes = [row["note"] for row in found["verification"]["rows"]]
+    assert any("8" in note and "caches" in note for note in notes)
+
+
+def test_8_bits_without_a_film_is_wrong_use(weights: Path, tmp_path: Path) -> None:
+    options = ["--arch", TINY, *SMALL, *FAST, "-o", tmp_path / "net.onnx", "--dtype", "int8"]
+    assert "--calibrate" in call("convert", weights, *options, code=2).stderr
+    assert not (tmp_path / "net.onnx").exists()

@@ -15,8 +15,10 @@ from torch import Tensor, fx
 
 import dissect
 from dissect.errors import NotStreamable
+from dissect.forms import fresh
 from dissect.lowering import lower
 from dissect.squeezing import squeeze
+from dissect.tuning import tune
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
 LIMITS = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": CHECKS, "print_blob": False}
@@ -33,7 +35,7 @@ def _quick() -> Iterator[None]:
 
 
 def lowers(stream: dissect.Stream, clip: Tensor) -> None:
-    """What is exported is the step form, and of rank 4 at most."""
+    """What is exported is the step form, lowered and tuned, and of rank 4 at most."""
     module = lower(stream, torch.float64)
     squeeze(module, [*stream.frame((clip,), 0), *stream.caches(2)])
     ours: Any = stream.caches(2)
@@ -47,6 +49,14 @@ def lowers(stream: dissect.Stream, clip: Tensor) -> None:
             theirs = values[count:]
             close((values[:count], theirs), (leaves(out), tuple(ours)), 1e-9, "lowered against the step form")
             assert recorder.highest <= max(4, *(leaf.dim() for leaf in leaves(out))) or volumetric(stream)
+    tuned = tune(module, stream.cache_list, stream.frame((clip[:1],), 0))
+    ours, held = stream.caches(2), fresh(tuned.caches, 2, torch.float64)
+    with torch.no_grad():
+        for time in range(clip.shape[2]):
+            out, *ours = stream.step(clip[:, :, time], *ours)
+            values = tuned.module(clip[:, :, time], *held)
+            held = values[len(leaves(out)) :]
+            close(values[: len(leaves(out))], leaves(out), 1e-9, f"tuned against the step form, frame {time}")
 
 
 def volumetric(stream: dissect.Stream) -> bool:

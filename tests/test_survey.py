@@ -19,6 +19,7 @@ QUICK = (
     ("TSM", "causal"),
     ("TemporalAttentionPool", "exact"),
     ("DeepPhys", "exact"),
+    ("SqueezedOutputs", "d3d"),
     ("BidirectionalLSTM", "exact"),
 )
 
@@ -54,4 +55,7 @@ def whole(stream: dissect.Stream, model: torch.nn.Module, args: tuple[object, ..
     with torch.no_grad():
         wanted = model(*pytree.tree_map(torch.clone, clip))
         dense = stream.dense(*clip)
-        close(streamed(stream, *dense, frames=stream.dissected.inputs.frames), wanted)
+        got = streamed(stream, *dense, frames=stream.dissected.inputs.frames)
+        if network.squeezed:  # a batch of one
+            wanted = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), wanted)
+        close(got, wanted)
