@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.einsum import contract, framed, resolve, time_of
 from dissect.converters.pointwise import pointwise
 from dissect.converters.windows import elementwise
 from dissect.ledger import Axes
 from dissect.registry import converter, windowed
-from dissect.rewrite import Context, Refused, Value
 from dissect.timing import joined
 from dissect.windows import aligned, known, masked, window
 

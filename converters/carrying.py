@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from dissect.carried import carry, last_frame
+from dissect.context import Context, Refused, Value
 from dissect.converters.recurrence import fixed
 from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.primitives import Primitive
 from dissect.recurrence import Loop
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value, converted
+from dissect.rewrite import converted
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect import ledger
+from dissect.context import Context, Refused, Value
 from dissect.converters.indexing import select, slice_
 from dissect.converters.time_axis import cat_time
 from dissect.ledger import Axis
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 from dissect.windows import window
 
 aten = torch.ops.aten

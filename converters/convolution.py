@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.crowded import crowded, grouped, lifted, rowwise
 from dissect.converters.stacked import stacked_conv
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.primitives import WindowReduce
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

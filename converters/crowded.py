@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dissect.context import Context, Value
 from dissect.ledger import Axes, Axis, plain, plain_axis
-from dissect.rewrite import Context, Value
 
 __all__ = ["crowded", "grouped", "lifted", "rowwise"]
 

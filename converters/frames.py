@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, Axis, Factor
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 from dissect.unrolling import frame_of, frames_to
 
 

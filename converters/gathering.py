@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.concat import cat
 from dissect.converters.convolution import strided
+from dissect.converters.cropping import slice_time
 from dissect.converters.indexing import slice_
 from dissect.converters.pointwise import pointwise
-from dissect.converters.time_axis import Part, assembled, slice_time
+from dissect.converters.time_axis import Part, assembled
 from dissect.holding import RunningSum, Taps
 from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

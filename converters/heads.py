@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dissect import vectors
+from dissect.context import Context, Refused, Value
 from dissect.converters.upsampling import in_time
 from dissect.ledger import Axes, Axis, Factor
 from dissect.primitives import CumulativeMean
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 from dissect.timing import Length
 
 OPS = vectors.OPS

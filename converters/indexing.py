@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from dissect import ledger
-from dissect.converters.time_axis import Part, assembled, chosen, slice_time
+from dissect.context import Context, Refused, Value
+from dissect.converters.cropping import slice_time
+from dissect.converters.time_axis import Part, assembled, chosen
 from dissect.ledger import Axes
 from dissect.meeting import until
 from dissect.primitives import Query
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 
@@ -29,8 +31,14 @@ def slice_(
     axis = x.axes[dim]
     if (first, stop, step) == (0, size, 1):
         return x
+    if axis.kinds == "NT" and axis.factors[0].size == 1:  # captured for one row: what is sliced is time
+        batch, time = ledger.Axis(axis.factors[:1]), ledger.Axis(axis.factors[1:])
+        apart = replace(x, axes=Axes((*x.axes.dims[:dim], batch, time, *x.axes.dims[dim + 1 :])))
+        y = slice_time(ctx, apart, dim + 1, first, stop, step)
+        merged = ledger.Axis((*batch.factors, *y.axes[dim + 1].factors))
+        return replace(y, axes=Axes((*y.axes.dims[:dim], merged, *y.axes.dims[dim + 2 :])))
     if "N" in axis.kinds:
-        raise Refused("a slice of the batch")
+        raise Refused("a slice of the batch, where each row is a stream of its own", "treat all rows alike")
     out = (
         x.axes.sized((*x.shape[:dim], len(range(first, stop, step)), *x.shape[dim + 1 :]))
         if not axis.plain

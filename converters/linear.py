@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
 from dissect.primitives import Primitive, tap
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

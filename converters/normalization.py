@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.crowded import crowded, grouped, rowwise
 from dissect.converters.statistics import moments
+from dissect.meeting import positions
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 
@@ -244,8 +245,11 @@ def normalise(
 ) -> Value:
     """Each position by mean and variance over ``dims`` of the frame (seen as ``view``) and time; ``size`` means."""
     x = ctx.settled(x)
-    both, _ = moments(ctx, x, view, dims, size, over_time=x.time is not None, back=True)
-    (x, both), timing = ctx.align([x, both])
+    over_time = (positions(x.axes) or 1) > 1
+    both, _ = moments(ctx, x, view, dims, size, over_time, back=True)
+    timing = x.clock
+    if over_time:
+        (x, both), timing = ctx.align([x, both])
     return ctx.call(standardised, (x, both, view, list(dims), eps, weight, bias), x.axes, timing.plain(), x.dtype)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
 from dissect.opaque import module_of
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 
 class Unit(nn.Module):

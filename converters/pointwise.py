@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from dissect.context import Context, Value
 from dissect.ledger import plain
 from dissect.meeting import by_position
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Value
 
 aten = torch.ops.aten
 

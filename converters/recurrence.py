@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, Axis, plain_axis
 from dissect.recurrence import KINDS, FrameRecurrence, Recurrence
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

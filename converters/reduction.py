@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.sorting import place
+from dissect.global_pool import pool_time
 from dissect.ledger import Axes, Axis
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 _REDUCE: dict[str, Callable[..., torch.Tensor]] = {
@@ -50,7 +51,7 @@ def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, 
         )
     )
     y = Value(y.node, bare, y.timing, y.dtype)
-    return ctx.reframe(ctx.pool_time(y, kind, bare), axes)
+    return ctx.reframe(pool_time(ctx, y, kind, bare), axes)
 
 
 @converter(aten.mean.dim)

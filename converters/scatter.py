@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dissect import ledger
+from dissect.context import Context, Refused, Value
 from dissect.converters.concat import cat
 from dissect.converters.indexing import constant_pad, slice_
 from dissect.converters.time_axis import chosen
@@ -15,7 +16,6 @@ from dissect.ledger import Axes, Axis
 from dissect.meeting import lateness, one_less
 from dissect.primitives import Query
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

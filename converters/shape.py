@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from dissect import ledger
+from dissect.context import Context, Refused, Value
 from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
 from dissect.registry import converter, patient
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 _ELEMENTWISE = {*pointwise.KEEPS_ZERO, *pointwise.OTHER}

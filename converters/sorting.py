@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 from dissect.windows import masked, window
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dissect.context import Context, Refused, Value
 from dissect.convolution import TemporalConv
 from dissect.ledger import plain_axis
-from dissect.rewrite import Context, Refused, Value
 
 
 class StackedConv(TemporalConv):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.reduction import reduce
 from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.primitives import CumulativeMean, Primitive, Query
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 

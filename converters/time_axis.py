@@ -1,7 +1,7 @@
-"""The time axis cut and put together: slices, padding with frames of the clip, concatenation along time.
+"""The time axis put together: padding with frames of the clip, concatenation along time.
 
-A slice keeps its tensor and moves its positions. A concatenation has one main part, which goes on with the stream, and
-single frames in front of it and behind: each lies a fixed time from its place, or is held from the stream's beginning.
+A concatenation has one main part, which goes on with the stream, and single frames in front of it and behind: each lies
+a fixed time from its place, or is held from the stream's beginning.
 """
 
 from __future__ import annotations
@@ -12,48 +12,12 @@ from typing import Any
 
 import torch
 
-from dissect.converters.convolution import strided
+from dissect.context import Context, Refused, Value
 from dissect.holding import Choose
 from dissect.ledger import Axis, plain
 from dissect.meeting import hold, lateness, positions, until
 from dissect.primitives import Query
-from dissect.rewrite import Context, Refused, Value
 from dissect.timing import Timing
-
-
-def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: int) -> Value:
-    """``x[first:stop:step]`` along time; ``stop`` counts from the end of the clip."""
-    if x.clock.first or x.clock.still:
-        x = ctx.sure(x)
-    size = x.shape[dim]
-    clock = x.clock
-    count = len(range(first, stop, step))
-    cropped = size - stop if first + count * step < size else 0  # what a stride leaves over is no crop
-    length = clock.length.then(-first - cropped - 1, step)
-    out = x.axes.sized((*x.shape[:dim], count, *x.shape[dim + 1 :]))
-    facts: dict[str, Any] = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
-    if ctx.exact:
-        timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
-        if first or cropped:
-            timing = timing.plain()
-        ctx.row("crop of the clip" if first or cropped else "temporal stride removed", exact=True, **facts)
-        return Value(x.node, out, timing.certain(ctx.frames), x.dtype)
-    spacing = clock.stride if ctx.preset == "causal" else clock.removed
-    before = clock.owed(ctx.frames, spacing)
-    after = clock.but(length=length).owed(ctx.frames, spacing * step)
-    spare = min(cropped, clock.spare[0])
-    if spare and spare == clock.spare[0] and clock.spare[1] >= 0:
-        row = clock.spare[1]
-        ctx.rows[row] = replace(ctx.rows[row], verdict="exact", reason="")
-    late = after - before - (first + spare) * spacing
-    back = -(-max(0, late) // spacing) * clock.stride
-    decision = f"as it was {back} frame{'s' * (back > 1)} ago" if back else "every frame"
-    whole = (first, step) == (0, 1) and spare == cropped
-    ctx.row(decision, exact=whole, reason="" if whole else "crop or temporal stride removed", **facts)
-    timing = strided(ctx, clock, step).but(length=length, spare=(0, -1))
-    if first or cropped:
-        timing = timing.plain()
-    return Value(x.node, out, timing.but(wait=clock.wait + back), x.dtype)
 
 
 @dataclass(frozen=True)
@@ -154,9 +118,8 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
     if not ctx.exact:
         main = ctx.sure(main)
         exact = not right and all(silent(part) for part in left)
-        ctx.row(
-            "frames at the clip's edges", exact=exact, reason="" if exact else "the clip's edges are left out", **facts
-        )
+        lost = "the shorter tensor is left out" if others(main, left + right) else "the clip's edges are left out"
+        ctx.row("frames at the clip's edges", exact=exact, reason="" if exact else lost, **facts)
         before, behind = main.clock.padding
         return Value(
             main.node, out, main.clock.but(length=length, padding=(before + len(left), behind + len(right))), main.dtype
@@ -222,7 +185,13 @@ def in_front_of(ctx: Context, y: Value, left: list[Part], dim: int) -> Value:
             *(source(part) - at * step for at, part in enumerate(left) if not part.value.constant),
         ]
     )
-    if start >= max(clock.delay, 0) + (positions(y.axes) or 0) * step - before:
+    wraps = start >= max(clock.delay, 0) + (positions(y.axes) or 0) * step - before
+    if wraps and others(y, left):
+        raise Refused(
+            "a concatenation along time of two tensors that both go on with the stream: one would begin where the other ends",
+            "concatenate them along channels, or bring one to the positions of the other and add it",
+        )
+    if wraps:
         raise Refused(
             "a concatenation that puts the end of the clip in front of its beginning: the first frame would wait for the last",
             "shift with zeros, or with the first frame",
@@ -240,6 +209,17 @@ def in_front_of(ctx: Context, y: Value, left: list[Part], dim: int) -> Value:
         mask = ctx.ask(Query(start + (at + 1) * step, 1, None))
         y = chosen(ctx, y, frame_of(ctx, part, late, y, dim), mask)
     return replace(y, timing=marked(y, left).but(delay=start, wait=0))
+
+
+def others(main: Value, parts: Sequence[Part]) -> bool:
+    """Whether frames of another tensor that goes on with the stream are among the parts."""
+    return any(
+        part.axis is None
+        and not part.value.constant
+        and part.value.node is not main.node
+        and part.value.clock.length(64) > 2
+        for part in parts
+    )
 
 
 def marked(y: Value, parts: Sequence[Part]) -> Timing:

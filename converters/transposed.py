@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import spread
 from dissect.converters.crowded import crowded, grouped, lifted, rowwise
 from dissect.converters.upsampling import spaced
@@ -21,7 +22,6 @@ from dissect.convolution import FrameConv, TemporalConv
 from dissect.ledger import Axis
 from dissect.primitives import Gate
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 from dissect.timing import Timing
 
 aten = torch.ops.aten

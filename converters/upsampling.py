@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import strided
 from dissect.ledger import Axis, Factor, plain_axis
 from dissect.phases import PhaseMix, phases
 from dissect.primitives import Query, WindowReduce
 from dissect.registry import converter
-from dissect.rewrite import Context, Refused, Value
 
 aten = torch.ops.aten
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dissect import ledger
+from dissect.context import Context, Refused, Value
 from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
 from dissect.registry import windowed
-from dissect.rewrite import Context, Refused, Value
 from dissect.windows import count, kept, known, located, masked, meet, share, windows
 
 aten = torch.ops.aten

@@ -22,13 +22,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CaptureError": "errors",
+    "ClipError": "errors",
     "DissectError": "errors",
     "ExportError": "errors",
     "LoadError": "errors",
     "NotStreamable": "errors",
     "PlanError": "errors",
     "Refusal": "errors",
-    "Refused": "rewrite",
+    "Refused": "values",
     "StreamError": "errors",
     "VerificationError": "errors",
     "VideoError": "errors",
@@ -37,23 +38,30 @@ _HOME = {
     "Runner": "runner",
     "Stream": "stream",
     "StreamPool": "pool",
+    "agreement": "distilling",
     "convert": "stream",
     "converter": "registry",
     "deflate": "inflation",
+    "distil": "distilling",
     "export": "exporting",
+    "fine_tune": "fine_tuning",
     "heads": "",
     "inflate": "inflation",
     "load": "loading",
     "per_frame": "opaque",
     "pointwise": "registry",
     "quantize": "quantizing",
+    "recalibrate": "recalibrating",
+    "reconstruct": "reconstructing",
     "verify": "verifying",
+    "video_clips": "cutting",
     "with_head": "headed",
     "zoo": "",
 }
 
 __all__ = [
     "CaptureError",
+    "ClipError",
     "DissectError",
     "ExportError",
     "LoadError",
@@ -70,17 +78,23 @@ __all__ = [
     "VerificationError",
     "VideoError",
     "__version__",
+    "agreement",
     "convert",
     "converter",
     "deflate",
+    "distil",
     "export",
+    "fine_tune",
     "heads",
     "inflate",
     "load",
     "per_frame",
     "pointwise",
     "quantize",
+    "recalibrate",
+    "reconstruct",
     "verify",
+    "video_clips",
     "with_head",
     "zoo",
 ]
@@ -88,8 +102,11 @@ __all__ = [
 if TYPE_CHECKING:
     from dissect import heads as heads
     from dissect import zoo as zoo
+    from dissect.cutting import video_clips
+    from dissect.distilling import agreement, distil
     from dissect.errors import (
         CaptureError,
+        ClipError,
         DissectError,
         ExportError,
         LoadError,
@@ -101,6 +118,7 @@ if TYPE_CHECKING:
         VideoError,
     )
     from dissect.exporting import export
+    from dissect.fine_tuning import fine_tune
     from dissect.headed import with_head
     from dissect.inflation import deflate, inflate
     from dissect.loading import load
@@ -109,10 +127,12 @@ if TYPE_CHECKING:
     from dissect.pool import StreamPool
     from dissect.preprocess import Preprocess
     from dissect.quantizing import quantize
+    from dissect.recalibrating import recalibrate
+    from dissect.reconstructing import reconstruct
     from dissect.registry import converter, pointwise
-    from dissect.rewrite import Refused
     from dissect.runner import Runner
     from dissect.stream import Stream, convert
+    from dissect.values import Refused
     from dissect.verifying import verify
 
 

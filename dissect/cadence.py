@@ -28,8 +28,8 @@ from dissect.convolution import TemporalConv
 from dissect.holding import Hold
 from dissect.primitives import CacheSpec, Clock, CumulativeMean, History, Primitive
 from dissect.recurrence import Recurrent
-from dissect.rewrite import Dissected, Output
 from dissect.stream import Stream
+from dissect.values import Dissected, Output
 
 __all__ = ["CADENCES", "Due", "Native", "native"]
 

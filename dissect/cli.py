@@ -1,4 +1,4 @@
-"""The command line: ``dissect inspect | convert | quantize | verify | bench | run``.
+"""The command line: ``dissect inspect | convert | quantize | distil | verify | bench | run``.
 
 A command parses, calls the API and prints. torch is imported by the commands that need it, never by ``run``.
 """
@@ -65,9 +65,7 @@ def inspect(model: str | None, markdown: bool, as_json: bool, **rest: Any) -> No
 @click.option("-o", "--output", type=STEP, help="Where the step model goes. [MODEL's name.PRESET.onnx]")
 @options.network
 @options.surgery
-@click.option("--labels", type=STEP, help="A text file with the names of the classes, one a line; kept in the file.")
-@click.option("--mean", help="Mean of the pixels for each channel, with commas. [Kinetics: 0.43216,0.394666,0.37645]")
-@click.option("--std", help="Deviation of the pixels for each channel. [Kinetics: 0.22803,0.22145,0.216989]")
+@options.pictures
 @click.option(
     "--cadence",
     type=click.Choice(CADENCES),
@@ -162,6 +160,53 @@ def quantize(
             ("file", f"{path}, {rendering.kilobytes(path.stat().st_size)}"),
         ]
         rendering.console().print(rendering.pairs(words))
+
+
+@main.command()
+@click.argument("model")
+@click.argument("videos", nargs=-1, required=True)
+@click.option("-o", "--output", type=STEP, help="Where the step model goes. [MODEL's name.PRESET.onnx]")
+@options.network
+@options.surgery
+@options.pictures
+@options.precision
+@options.learning
+@options.common
+def distil(model: str, videos: tuple[str, ...], output: Path | None, as_json: bool, **rest: Any) -> None:
+    """Convert MODEL, and let it teach the step network on VIDEOS (files, or folders of them); no labels are needed.
+
+    First the batch norms take the statistics of the videos (with --reconstruct, the layers are fitted to MODEL's as well),
+    then MODEL's answers to a sliding window are taught. Some of the clips are kept out, to tell how often both agree.
+    """
+    from dissect import rendering, schooling, workbench
+    from dissect.verifying import verify as verified
+
+    out = rendering.notes() if as_json else rendering.console()
+    path = output or Path(workbench.name_of(model, rest))
+    with rendering.Stages(3) as stage:
+        stage("loading")
+        work = workbench.work_of(model, rest)
+        stage("dissecting")
+        stream = workbench.stream_of(work, rest)
+        workbench.describe(stream, rest)
+        stage("reading")
+        clips = schooling.read(stream, videos, rest, stage.detail)
+    out.print(rendering.pairs([("clips", clips.told)]))
+    lessons = schooling.teach(stream, work.network, clips, rest)
+    out.print(rendering.pairs(lessons.in_words()))
+    with rendering.Stages(2) as stage:
+        stage("writing")
+        with workbench.written(stream, path, {**rest, "cadence": "every"}) as (file, agreement):
+            if agreement is not None:
+                stage.print(out, rendering.pairs(workbench.agreement_in_words(agreement)))
+            stage("verifying")
+            report = verified(stream, onnx=file, progress=stage.detail)
+            stage.print(out, rendering.report_table(report.rows))
+            report.check()
+    out.print(rendering.pairs([("file", f"{path}, {rendering.kilobytes(path.stat().st_size)}")]))
+    if as_json:
+        found = {"ok": True, "clips": clips.count, **lessons.to_dict(), "verification": workbench.plain(report)}
+        click.echo(json.dumps({**found, "file": str(path), "bytes": path.stat().st_size}))
 
 
 @main.command()

@@ -7,6 +7,7 @@
     |-- PlanError            an override or an option that fits no layer
     |-- VerificationError    a promise of the plan does not hold
     |-- ExportError          the step model cannot be written
+    |-- ClipError            clips to learn from that do not fit the network
     |-- StreamError          a runner was given the wrong frame, or a file that is no step model
     `-- VideoError           a video or a camera that cannot be read
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "CaptureError",
+    "ClipError",
     "DissectError",
     "ExportError",
     "LoadError",
@@ -54,6 +56,10 @@ class VerificationError(DissectError):
 
 class ExportError(DissectError):
     """The step model cannot be written."""
+
+
+class ClipError(DissectError):
+    """Clips to learn from do not fit the network or what is to be done with them."""
 
 
 class StreamError(DissectError):

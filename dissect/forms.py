@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect import ledger
 from dissect.inputs import Inputs
 from dissect.primitives import CacheSpec, Clock, Primitive
-from dissect.rewrite import Dissected
+from dissect.values import Dissected
 
 __all__ = ["Cache", "Form", "build", "caches_of"]
 

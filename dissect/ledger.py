@@ -40,7 +40,11 @@ __all__ = [
 
 
 class LedgerError(Exception):
-    """A reshape that cuts through the batch or the time axis; the caller says where it happened."""
+    """A reshape or a broadcast through which axes of batch or time cannot be followed; what one could do."""
+
+    def __init__(self, reason: str, fix: str = "reshape batch and time as whole axes") -> None:
+        super().__init__(reason)
+        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -208,12 +212,25 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
             share = gcd(room, head.size)
             if head.kind != "S" or share != room:
                 name = {"N": "the batch axis", "T": "the time axis", "K": "the time axis"}.get(head.kind, "an axis")
-                raise LedgerError(f"view({', '.join(map(str, shape))}) cuts through {name} of size {head.size}")
+                cut = f"view({', '.join(map(str, shape))}) cuts through {name} of size {head.size}"
+                if head.kind == "T":
+                    raise LedgerError(
+                        f"{cut}: each piece begins anew and ends with a frame of its own, where a stream has no such places",
+                        "let a window slide over time, or give the network one piece of that length at a time",
+                    )
+                raise LedgerError(cut)
             taken.append(Factor("S", share))
             queue.insert(0, Factor("S", head.size // share))
             room = 1
         dims.append(Axis(tuple(taken)))
     return Axes(tuple(dims))
+
+
+def _told(axis: Axis) -> str:
+    """An axis in words."""
+    names = {"N": "the batch", "T": "time", "S": "space or channels", "K": "a window of positions"}
+    factors = [factor for factor in axis.factors if factor.size > 1 or len(axis.factors) == 1]
+    return f"a dimension of {' x '.join(f'{names[factor.kind]} ({factor.size})' for factor in factors) or 'one entry'}"
 
 
 def broadcast(ledgers: Sequence[Axes]) -> Axes:
@@ -226,7 +243,10 @@ def broadcast(ledgers: Sequence[Axes]) -> Axes:
         first = max(wide, key=lambda axis: (axis.size, not axis.plain), default=Axis())
         for other in wide:
             if other.size > 1 and other.kinds.replace("S", "") != first.kinds.replace("S", ""):
-                raise LedgerError(f"an axis of {other.kinds or 'S'} meets an axis of {first.kinds or 'S'}")
+                raise LedgerError(
+                    f"{_told(other)} meets {_told(first)}, and which entries of the one belong to which of the other is not known",
+                    "broadcast positions (expand) where you repeat them, and keep time in a dimension of its own",
+                )
         dims.append(first)
     return Axes(tuple(dims))
 
@@ -352,8 +372,8 @@ def rows_first(x: Tensor, axes: Axes) -> Tensor:
     if (
         rows is not None and axes[rows].kinds[:1] == "N" and axes[rows].space > 1
     ):  # of a network of one row, which has no dimension for it
-        parts: Tensor = x.unflatten(rows, (-1, axes[rows].space))
-        return parts.movedim(rows, 0).flatten(1).reshape(-1, *axes.frame)
+        apart: Tensor = x.unflatten(rows, (-1, axes[rows].space)).movedim(rows, 0)
+        return apart.reshape(-1, *axes.frame)
     if not rows or axes[rows].space > 1:
         return x
     return x.movedim(rows, 0).reshape(x.shape[rows], *axes.frame)

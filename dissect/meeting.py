@@ -18,7 +18,7 @@ from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
 if TYPE_CHECKING:
-    from dissect.rewrite import Context, Value
+    from dissect.context import Context, Value
 
 __all__ = ["by_position", "ended", "ends_met", "spread", "until"]
 

@@ -25,7 +25,7 @@ import click
 from dissect.errors import DissectError, VerificationError
 from dissect.plan import FILLS, POOLS, PRESETS, SKIPS
 
-__all__ = ["INPUT", "Commands", "common", "merged", "network", "precision", "surgery"]
+__all__ = ["INPUT", "Commands", "common", "learning", "merged", "network", "pictures", "precision", "surgery"]
 
 _DEBUG = "dissect.debug"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -285,6 +285,69 @@ def precision(function: Function) -> Function:
             show_default=True,
             help="Of weights and caches. float16 is for GPUs; int8 needs --calibrate.",
         ),
+    ):
+        function = option(function)
+    return function
+
+
+def pictures(function: Function) -> Function:
+    """What goes into a step model's file beside the network: labels, and what becomes of a picture."""
+    for option in (
+        click.option("--std", help="Deviation of the pixels for each channel. [Kinetics: 0.22803,0.22145,0.216989]"),
+        click.option(
+            "--mean", help="Mean of the pixels for each channel, with commas. [Kinetics: 0.43216,0.394666,0.37645]"
+        ),
+        click.option(
+            "--labels",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="A text file with the names of the classes, one a line; kept in the file.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def learning(function: Function) -> Function:
+    """What is learnt from, and how long."""
+    for option in (
+        click.option(
+            "--checkpoint", type=click.Path(dir_okay=False, path_type=Path), help="Go on from here if cut off."
+        ),
+        click.option("--device", help="Where to train: cpu, cuda, cuda:1. [cpu]"),
+        click.option(
+            "--reconstruct",
+            is_flag=True,
+            help="First fit each layer to the network's own by least squares. Holds all clips in memory.",
+        ),
+        click.option(
+            "--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True, help="Rate."
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Clips side by side in a step."
+        ),
+        click.option(
+            "--windows",
+            type=click.IntRange(min=1),
+            default=4,
+            show_default=True,
+            help="Windows of each clip that the network is asked for in a step; more cost more.",
+        ),
+        click.option(
+            "--steps",
+            type=click.IntRange(min=0),
+            default=1000,
+            show_default=True,
+            help="Steps of training; 0 leaves it at statistics (and --reconstruct).",
+        ),
+        click.option(
+            "--clips",
+            "most",
+            type=click.IntRange(min=1),
+            default=256,
+            show_default=True,
+            help="Clips to keep in memory.",
+        ),
+        click.option("--frames", type=click.IntRange(min=1), help="Frames of a clip. [twice the network's]"),
     ):
         function = option(function)
     return function

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dissect.ledger import Axes, Axis, Factor
-from dissect.rewrite import Value
+from dissect.values import Value
 from dissect.vectors import OPS
 
 __all__ = ["Shifted", "Still", "Unshiftable"]
@@ -155,6 +155,9 @@ class _Edges(fx.Interpreter):
             if n.target is aten.slice_scatter.default and len(n.args) > 5 and n.args[5] != 1:
                 raise Unshiftable("it writes every so many frames")
             parts, dim = [n.args[0], n.args[1]], n.args[2] if len(n.args) > 2 else 0
+            if n.target is aten.slice_scatter.default:  # the larger part, as for a concatenation
+                size, written = (node.meta["val"].shape[dim] for node in parts)
+                parts = parts[1:] if 2 * written >= size else parts[:1]
         else:
             return None
         out = self.trace.get(n.name)

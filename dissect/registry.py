@@ -7,8 +7,8 @@
     @converter(torch.ops.mylib.last.default)
     def last(ctx, x): ...
 
-A converter is called with the :class:`~dissect.rewrite.Context` and the operator's own arguments, tensors
-as :class:`~dissect.rewrite.Value`; it returns the operator's result as a Value. Keys are operator
+A converter is called with the :class:`~dissect.context.Context` and the operator's own arguments, tensors
+as :class:`~dissect.values.Value`; it returns the operator's result as a Value. Keys are operator
 objects (``torch.ops.aten.relu.default``), never names. Registering twice is an error.
 """
 

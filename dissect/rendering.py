@@ -9,11 +9,19 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 __all__ = [
+    "Bar",
     "Stages",
     "amount",
     "console",
@@ -173,6 +181,42 @@ class Stages:
 
     def __enter__(self) -> Stages:
         """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take it away."""
+        self._bar.stop()
+
+
+class Bar:
+    """A progress bar on standard error over the steps of a training; ``total`` 0 says that nobody knows how many."""
+
+    def __init__(self, name: str, total: int, shown: bool = True) -> None:
+        """Name it; it stays away where ``shown`` is False or nobody looks."""
+        self._bar = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not (shown and sys.stderr.isatty()),
+        )
+        self._task = self._bar.add_task(name, total=total or None, note="")
+
+    def start(self, done: int = 0) -> None:
+        """Some steps were done before."""
+        self._bar.update(self._task, completed=done)
+
+    def advance(self, note: str = "") -> None:
+        """One more step."""
+        self._bar.update(self._task, advance=1, note=note)
+
+    def __enter__(self) -> Bar:
+        """Show it."""
         self._bar.start()
         return self
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dissect.converters.pooling import adaptive_space
+from dissect.converters.adaptive import adaptive_space
 from dissect.lowering import Affine, LoweredConv
 from dissect.windows import filled, share
 

@@ -17,8 +17,9 @@ from dissect.capturing import capture, copied
 from dissect.errors import NotStreamable, PlanError, Refusal
 from dissect.inputs import Input, Inputs
 from dissect.plan import Options, Plan
-from dissect.rewrite import Dissected, rewrite
+from dissect.rewrite import rewrite
 from dissect.timing import Timing
+from dissect.values import Dissected
 
 __all__ = ["Stream", "StreamTiming", "convert", "plan"]
 

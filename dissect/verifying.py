@@ -288,7 +288,7 @@ class _Verifier:
             inputs = self.clip(1, frames)
             try:
                 with evaluating(run):
-                    wanted = self.stream.apart(run(*_cloned(self.stream.original(*inputs))), frames, original=True)
+                    wanted = self.theirs(run(*_cloned(self.stream.original(*inputs))), frames)
             except Exception:
                 if frames == self.lengths()[0]:
                     raise
@@ -322,6 +322,15 @@ class _Verifier:
             compared += 1
             if compared == 2:
                 return
+
+    def theirs(self, out: Any, frames: int) -> Any:
+        """A result of the original for one row as the chunk form gives it; some networks squeeze a batch of one away."""
+        leaves, spec = pytree.tree_flatten(out)
+        for index, output in enumerate(self.stream.dissected.outputs):
+            axes = None if output.value is None or output.value.constant else output.own or output.value.axes
+            if axes is not None and axes.rows is not None and leaves[index].dim() == len(axes) - 1:
+                leaves[index] = leaves[index].unsqueeze(axes.rows)
+        return self.stream.apart(pytree.tree_unflatten(leaves, spec), frames, original=True)
 
     def missing(self, out: Any, frames: int) -> int:
         """How many outputs a stream and its flush lack for the offline network's last position."""
@@ -371,7 +380,7 @@ class _Verifier:
         out = None
         for _ in range(steady):
             out, *caches = self.stream.step(*frame, *caches)
-        leaves = pytree.tree_leaves(self.stream.apart(wanted, frames, original=True))
+        leaves = pytree.tree_leaves(self.theirs(wanted, frames))
         ends = []
         for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True):
             axes = None if output.value is None or output.value.constant else output.value.axes
@@ -400,7 +409,7 @@ class _Verifier:
         if wanted is None:
             return
         out = self.stream.apart(self.stream.clip(*inputs), frames)
-        wanted = self.stream.apart(wanted, frames, original=True)
+        wanted = self.theirs(wanted, frames)
         got, kept = [], []
         for leaf, want, output in zip(
             pytree.tree_leaves(out), pytree.tree_leaves(wanted), self.stream.dissected.outputs, strict=True

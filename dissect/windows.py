@@ -23,7 +23,7 @@ from dissect.registry import find_windowed
 from dissect.timing import Window
 
 if TYPE_CHECKING:
-    from dissect.rewrite import Context, Value
+    from dissect.context import Context, Value
 
 __all__ = [
     "Gather",
@@ -113,7 +113,7 @@ def window(ctx: Context, value: Value, what: str, *, row: bool = True, placed: b
 
     ``placed``: what reads the window tells one position of the clip from another.
     """
-    from dissect.rewrite import Refused
+    from dissect.values import Refused
 
     value = ctx.settled(value)
     if value.time is None or value.axes.window is not None:
@@ -176,7 +176,7 @@ def known(axes: Axes, *, zero: bool = False, weights: bool = False) -> Axes:
 
 def aligned(ctx: Context, values: Sequence[Value]) -> list[Value]:
     """Operands at one delay, whose windows end at their own position."""
-    from dissect.rewrite import Refused
+    from dissect.values import Refused
 
     values, _ = ctx.align(values)
     for value in values:
@@ -206,7 +206,7 @@ def meet(ctx: Context, values: Sequence[Value], what: str) -> list[Value]:
 
 def newest(ctx: Context, value: Value) -> Value:
     """A value with a window axis as one with an axis of time: of each window, the newest entry."""
-    from dissect.rewrite import Refused
+    from dissect.values import Refused
 
     found = windows(value.axes)
     if not found:
@@ -276,7 +276,7 @@ def apply(ctx: Context, convert: Callable[..., Any], args: Sequence[Any], kwargs
 
     An operator that tells one position of the clip from another is tried again on windows of its operands.
     """
-    from dissect.rewrite import Refused
+    from dissect.values import Refused
 
     rule = find_windowed(ctx.node.target)
     rows = len(ctx.rows)
@@ -337,7 +337,7 @@ def leaves(*arguments: Any) -> list[Value]:
 
 def changed(arguments: Any, change: Callable[[Any], Any]) -> Any:
     """An operator's arguments with every value that depends on the clip changed."""
-    from dissect.rewrite import Value
+    from dissect.values import Value
 
     if isinstance(arguments, Value):
         return arguments if arguments.constant else change(arguments)

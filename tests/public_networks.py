@@ -131,14 +131,14 @@ def disturb(module: nn.Module, inputs: Any) -> nn.Module:
 
 @cache
 def _library(module: str) -> ModuleType:
-    _declare_torchvision_operators()
+    declare_torchvision_operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries do while they are imported is not ours to mend
         return pytest.importorskip(module, exc_type=ImportError)
 
 
 @cache
-def _declare_torchvision_operators() -> torch.library.Library | None:
+def declare_torchvision_operators() -> torch.library.Library | None:
     """Let torchvision be imported on a torch build that its compiled operators do not load on, such as a CPU build.
 
     It registers fake kernels of two operators without looking whether they exist. We declare them (no video network

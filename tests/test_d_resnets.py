@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from laws import close
+from public_networks import random_clip
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 import dissect
 from dissect import heads, zoo
@@ -29,11 +31,29 @@ EVERY = {
 }
 
 
+def calibrated(stream: dissect.Stream, clip: torch.Tensor) -> None:
+    """Give the network the shape of a trained one: branches that add a little, and batch norms with a clip's statistics.
+
+    A hundred fresh layers are no oracle: activations grow to 1e5, where the gates of an LSTM are steps, and each branch
+    that is as large as its shortcut makes an error of rounding larger, here from 1e-7 to more than 1e-4.
+    """
+    norms = {name: layer for name, layer in stream.clip.named_modules() if isinstance(layer, _NormBase)}
+    assert norms
+    for name, norm in norms.items():
+        norm.train().momentum = 1.0
+        block, _, own = name.rpartition(".")
+        if block.startswith("layer") and own == ("bn3" if f"{block}.bn3" in norms else "bn2"):
+            nn.init.constant_(norm.weight, 0.25)
+    with torch.no_grad():
+        stream.clip(clip)
+    stream.clip.eval()
+
+
 def three_forms_agree(stream: dissect.Stream, size: int, folder: Path, batch: int = 1) -> None:
     """Clip form, step form and ONNX Runtime over 100 frames."""
+    clip = random_clip((batch, 3, FRAMES, size, size))
+    calibrated(stream, clip[:, :, :8])
     run = dissect.Runner(dissect.export(stream, folder / "net.onnx"), batch=batch)
-    generator = torch.Generator().manual_seed(0)
-    clip = torch.randn(batch, 3, FRAMES, size, size, generator=generator)
     caches = stream.caches(batch)
     with torch.no_grad():
         whole = stream.clip(clip)
@@ -53,7 +73,6 @@ def narrow(depth: int, head: str, **settings: Any) -> dissect.Stream:
 QUICK = [
     *((18, head) for head in ("fc, 3 layers", "lstm", "gru, 3 layers", "average", "plain", "embedding")),
     (50, "lstm"),
-    (101, "fc"),
 ]
 REST = [(depth, head) for depth in (18, 34, 50, 101) for head in EVERY if (depth, head) not in QUICK]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dissect
+import dissect.converters
 
 PACKAGE = Path(dissect.__file__).parent
 MODULES = sorted(file.stem for file in PACKAGE.glob("*.py") if not file.stem.startswith("__"))
@@ -96,3 +97,8 @@ def test_imports_point_one_way() -> None:
         ready = [name for name in left if reads[name] <= done]
         assert ready, f"a circle among {', '.join(left)}"
         done |= set(ready)
+
+
+def test_no_converter_file_is_long() -> None:
+    converters = Path(dissect.converters.__file__).parent
+    assert {file.name for file in converters.glob("*.py") if len(file.read_text().splitlines()) > 300} == set()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from laws import close, streamed
 from survey import Network, families
+from survey.packages import PACKAGES
 from torch.utils import _pytree as pytree
 
 import dissect
@@ -19,6 +20,7 @@ QUICK = (
     ("TSM", "causal"),
     ("TemporalAttentionPool", "exact"),
     ("DeepPhys", "exact"),
+    ("SqueezedOutputs", "d3d"),
     ("BidirectionalLSTM", "exact"),
 )
 
@@ -47,6 +49,24 @@ def test_keeps_its_promises(name: str, preset: str) -> None:
         whole(stream, model, args, network)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_keep_their_promises(name: str, preset: str) -> None:
+    """Unmodified networks of packages on PyPI; a refusal names the operator, the reason, and what one could do."""
+    package = PACKAGES[name]
+    try:
+        model, args = package.build()
+    except ImportError:
+        pytest.skip(f"{package.distribution} is not installed")
+    try:
+        stream = dissect.convert(model, args, preset=preset, **package.options)
+    except dissect.NotStreamable as refused:
+        assert [r for r in refused.refusals if not (r.op and r.reason and r.fix)] == []  # noqa: PT017
+        return
+    dissect.verify(stream, model).check()
+
+
 def whole(stream: dissect.Stream, model: torch.nn.Module, args: tuple[object, ...], network: Network) -> None:
     """Stream and flush give the network's own output for a clip that is not the example."""
     generator = torch.Generator().manual_seed(1)
@@ -54,4 +74,7 @@ def whole(stream: dissect.Stream, model: torch.nn.Module, args: tuple[object, ..
     with torch.no_grad():
         wanted = model(*pytree.tree_map(torch.clone, clip))
         dense = stream.dense(*clip)
-        close(streamed(stream, *dense, frames=stream.dissected.inputs.frames), wanted)
+        got = streamed(stream, *dense, frames=stream.dissected.inputs.frames)
+        if network.squeezed:  # a batch of one
+            wanted = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), wanted)
+        close(got, wanted)

@@ -43,7 +43,7 @@ class Network:
     options: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     listed: bool = False
-    slow: bool = False
+    squeezed: bool = False
 
     def build(self) -> tuple[nn.Module, tuple[Any, ...]]:
         """The network in eval mode and float64 with parameters in which no error can hide, and an example of its inputs."""
@@ -81,15 +81,15 @@ def network(
     *shapes: tuple[int, ...],
     refused: str | Mapping[str, str] | None = None,
     listed: bool = False,
-    slow: bool = False,
+    squeezed: bool = False,
     **options: Any,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Register a network for the survey; ``listed``: it takes one list of its inputs."""
+    """Register a network for the survey; ``listed``: it takes one list of its inputs; ``squeezed``: it drops a batch of one."""
 
     def register(kind: type[nn.Module]) -> type[nn.Module]:
         assert kind.__name__ not in NETWORKS, kind.__name__
         why = dict.fromkeys(("exact", "causal", "d3d"), refused) if isinstance(refused, str) else dict(refused or {})
-        NETWORKS[kind.__name__] = Network(kind, shapes or ((1, 3, 16, 16, 16),), options, why, listed, slow)
+        NETWORKS[kind.__name__] = Network(kind, shapes or ((1, 3, 16, 16, 16),), options, why, listed, squeezed)
         return kind
 
     return register

@@ -92,7 +92,7 @@ class NonLocalDot(NonLocal):
     mode = "dot"
 
 
-@network((1, 3, 8, 16, 16))
+@network((1, 3, 8, 16, 16), refused="which entries of the one belong to which")
 class NonLocalConcatenated(NonLocal):
     """Non-local block by concatenation: both operands repeated to a matrix of positions."""
 
@@ -198,7 +198,7 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(dim, dim * 2), nn.GELU(), nn.Linear(dim * 2, dim))
 
 
-@network((1, 3, 4, 16, 16))
+@network((1, 3, 4, 16, 16), refused="a slice of the batch")
 class TimeSformer(nn.Module):
     """Divided attention: over time for each patch, then over space for each frame, with a class token for both."""
 
@@ -286,7 +286,7 @@ class TubeletViT(nn.Module):
         return self.head(self.norm(x.mean(1)))
 
 
-@network((1, 3, 8, 16, 16))
+@network((1, 3, 8, 16, 16), refused="cuts through the time axis")
 class SwinBlock(nn.Module):
     """Video Swin's windows: attention inside pieces of two frames, then pieces shifted by one (rolled over the clip's end)."""
 

@@ -182,7 +182,7 @@ class SGN(nn.Module):
         return self.fc(torch.flatten(y, 1))
 
 
-@network((1, 3, 16, JOINTS))
+@network((1, 3, 16, JOINTS), refused="no whole factor")
 class HCN(nn.Module):
     """HCN: joints as channels after a transposition, motion resampled to the clip's length, a flattened head."""
 

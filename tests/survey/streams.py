@@ -212,7 +212,7 @@ class ShotBoundary(nn.Module):
         return self.cls_layer1(y), {"many_hot": self.cls_layer2(y)}
 
 
-@network((1, 3, 16, 16, 16))
+@network((1, 3, 16, 16, 16), squeezed=True)
 class SqueezedOutputs(nn.Module):
     """``squeeze()`` without a dimension, as people write it, for batches of more than one; features beside the scores."""
 
