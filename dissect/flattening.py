@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dissect.converters.pooling import adaptive_space
+from dissect.converters.adaptive import adaptive_space
 from dissect.forms import Cache
 from dissect.primitives import Gate, History, Tap, WindowReduce
 from dissect.squeezing import Drop, Squeeze, shapes_of

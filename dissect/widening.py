@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dissect.converters.pooling import adaptive_space, spaced
+from dissect.converters.adaptive import adaptive_space
+from dissect.converters.pooling import spaced
 from dissect.forms import Cache
 from dissect.lowering import Affine, LoweredConv
 from dissect.primitives import Gate, History, Tap, WindowReduce

@@ -206,6 +206,7 @@ STAGES: dict[str, Callable[[Lab], Any]] = {
     "scratch": scratch,
     "causal": lambda lab: folded(lab, preset="causal"),
     "causal-recalibrated": lambda lab: recalibrated(lab, preset="causal"),
+    "causal-reconstructed": lambda lab: reconstructed(lab, preset="causal"),
     "causal-distilled": distilled("causal-distilled", preset="causal"),
     "fine-tuned": fine_tuned,
     "exact": exact,

@@ -27,6 +27,7 @@ ROWS = (  # name in the table, stage, part of its result, costs
     ("d3d, distilled, head LSTM", "heads", "lstm", "d3d, lstm"),
     ("causal, as cut", "causal", None, "causal"),
     ("causal, recalibrated", "causal-recalibrated", None, "causal"),
+    ("causal, reconstructed", "causal-reconstructed", None, "causal"),
     ("causal, distilled", "causal-distilled", None, "causal"),
 )
 
@@ -67,8 +68,9 @@ def accuracies(folder: Path) -> str:
                 f"{price['cache_bytes'] / 1e3:.1f} kB",
                 f"{price['ms']:.2f}",
             ]
-        rows.append([name, *cells, *money])
-    return table(("network", "accuracy", "single", "order only", "multiply-adds a frame", "caches", "ms a frame"), rows)
+        rows.append([name, *cells, str(len(found)), *money])
+    head = ("network", "accuracy", "single", "order only", "seeds", "multiply-adds a frame", "caches", "ms a frame")
+    return table(head, rows)
 
 
 def by_tenths(folder: Path) -> str:
