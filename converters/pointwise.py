@@ -16,6 +16,8 @@ aten = torch.ops.aten
 
 #: zero stays zero, and a value that is never negative stays so
 KEEPS_ZERO = (
+    *(aten.__lshift__.Scalar, aten.__rshift__.Scalar),
+    *(aten.bitwise_left_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor_Scalar),
     aten.relu.default,
     aten.relu6.default,
     aten.leaky_relu.default,

@@ -90,9 +90,11 @@ class _Edges(fx.Interpreter):
             return self.env[main]
         source = n.args[0] if n.args else None
         value = self.trace.get(source.name) if isinstance(source, fx.Node) else None
+        packet = n.target.overloadpacket
+        if packet is aten.index and isinstance(source, fx.Node) and source.name not in self.trace:
+            raise Unshiftable("it compares each frame with its neighbours, the clip's edges among them")
         if value is None or value.time is None or not value.axes[value.time].is_time:
             return self.as_it_is(n)
-        packet = n.target.overloadpacket
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
             return self.conv(_CONV[packet], value.time, *args, **kwargs)

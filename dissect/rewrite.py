@@ -25,6 +25,7 @@ from dissect.context import Context
 from dissect.errors import DissectError, Refusal
 from dissect.inputs import Inputs
 from dissect.ledger import LedgerError
+from dissect.neighbours import neighbours
 from dissect.origins import op_name, path_of
 from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Primitive
@@ -69,7 +70,7 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
-    work = unwrapped(unlisted(captured, inputs))
+    work = neighbours(unwrapped(unlisted(captured, inputs)))
     while True:
         found, chained = loops(work), recurring(work)
         if not found and not chained:

@@ -175,6 +175,10 @@ def operators() -> Iterator[str]:
     )
 
 
+def header(cells: list[str]) -> list[str]:
+    return [row(cells[0].removeprefix("| "), cells[1], *PRESETS)]
+
+
 def totals(text: str) -> Iterator[str]:
     """How many networks of the page came out how."""
     yield "## Totals"
@@ -183,7 +187,8 @@ def totals(text: str) -> Iterator[str]:
     for name in SECTIONS:
         for line in section(text, name).splitlines():
             found = line.split(" | ")
-            if line.startswith("| ") and len(found) == 2 + len(PRESETS) and found[2] not in (PRESETS[0], "---"):
+            network = line.startswith("| ") and len(found) == 2 + len(PRESETS) and line != "".join(header(found))
+            if network and found[2] != "---":
                 for preset, cell in zip(PRESETS, found[2:], strict=True):
                     verdict = cell.removesuffix(" |").partition(":")[0]
                     counts[preset][verdict] = counts[preset].get(verdict, 0) + 1
