@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,58 +22,16 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 
 from dissect import oracle
 from dissect.capturing import evaluating
-from dissect.errors import VerificationError
+from dissect.leaves import cloned, rows, select, stack, tensors, unstack
 from dissect.ledger import rows_first
 from dissect.parting import first_part
 from dissect.primitives import History
+from dissect.reports import Check, Report
 from dissect.stream import Stream, output_time
 
-__all__ = ["Check", "Report", "verify"]
+__all__ = ["verify"]
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: the largest error, relative to the largest reference value, and what was allowed."""
-
-    pair: str
-    what: str
-    error: float | None
-    tolerance: float | None
-    ok: bool
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The comparisons of one verification."""
-
-    rows: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Every promise holds."""
-        return all(row.ok for row in self.rows)
-
-    def check(self) -> Report:
-        """Raise :class:`~dissect.VerificationError` with the broken promises, if there are any; else return itself."""
-        if not self.ok:
-            broken = [row for row in self.rows if not row.ok]
-            raise VerificationError(
-                f"{len(broken)} of {len(self.rows)} promises do not hold:\n"
-                + "\n".join(f"  {line(row)}" for row in broken)
-            )
-        return self
-
-    def __str__(self) -> str:
-        return "\n".join(line(row) for row in self.rows)
-
-
-def line(row: Check) -> str:
-    """One check as a line of text."""
-    error = "not compared" if row.error is None else f"{row.error:.1e} (allowed {row.tolerance:.0e})"
-    return f"{'ok  ' if row.ok else 'FAIL'}  {row.pair}: {row.what}: {error}" + (f"; {row.note}" if row.note else "")
 
 
 def verify(
@@ -243,7 +201,7 @@ class _Verifier:
                 result.append(column[-1])
             else:
                 result.append(
-                    _stack(column, output.value.axes)
+                    stack(column, output.value.axes)
                     if how is torch.stack
                     else torch.cat(column, output_time(output.value.axes))
                 )
@@ -260,7 +218,7 @@ class _Verifier:
     def take(self, out: Any, row: int) -> Any:
         leaves, spec = pytree.tree_flatten(out)
         kept = [
-            leaf if output.value is None or output.value.constant else _rows(leaf, output.value.axes, row)
+            leaf if output.value is None or output.value.constant else rows(leaf, output.value.axes, row)
             for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True)
         ]
         return pytree.tree_unflatten(kept, spec)
@@ -288,7 +246,7 @@ class _Verifier:
             inputs = self.clip(1, frames)
             try:
                 with evaluating(run):
-                    wanted = self.theirs(run(*_cloned(self.stream.original(*inputs))), frames)
+                    wanted = self.theirs(run(*cloned(self.stream.original(*inputs))), frames)
             except Exception:
                 if frames == self.lengths()[0]:
                     raise
@@ -385,7 +343,7 @@ class _Verifier:
         for leaf, output in zip(leaves, self.stream.dissected.outputs, strict=True):
             axes = None if output.value is None or output.value.constant else output.value.axes
             if axes is not None:
-                leaf = rows_first(leaf, axes) if axes.time is None else _select(leaf, axes)
+                leaf = rows_first(leaf, axes) if axes.time is None else select(leaf, axes)
             ends.append(leaf)
         endless = any(timing.endless for timing in self.stream.leaf_timings)
         asked = {key for changes in self.stream.options.overrides.values() for key in changes}
@@ -507,7 +465,7 @@ class _Verifier:
             frames = 2 * runner.period + 3
             inputs = self.clip(batch, frames)
             given = [runner.step(*self.arrays(self.stream.frame(inputs, time))) for time in range(frames)]
-            got = [_tensors(out) for out in (*given, *runner.flush()) if out is not None]
+            got = [tensors(out) for out in (*given, *runner.flush()) if out is not None]
             wanted = []
             for time, row in enumerate(self.clip_of(self.stream.offline(*inputs)), self.stream.timing.delay):
                 there = [
@@ -544,7 +502,7 @@ class _Verifier:
         columns = []
         for leaf, output in zip(pytree.tree_leaves(out), self.stream.dissected.outputs, strict=True):
             if output.value is not None and not output.value.constant:
-                columns.append(_unstack(leaf, output.value.axes))
+                columns.append(unstack(leaf, output.value.axes))
         return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -555,38 +513,3 @@ def _narrow(held: set[str], tolerance: float) -> tuple[float, str]:
     """
     note = f"{', '.join(sorted(held))} caches" if held - {"float32"} else ""
     return float("inf") if held & {"uint8", "int8"} else 2e-2 if "float16" in held else tolerance, note
-
-
-def _cloned(inputs: Any) -> Any:
-    """Inputs that a forward may write to."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
-
-
-def _tensors(out: Any) -> list[Any]:
-    """The leaves of a runner's result that are outputs of its file."""
-    return [leaf for leaf in pytree.tree_leaves(out) if leaf is not None]
-
-
-def _unstack(leaf: Tensor, axes: Any) -> list[Tensor]:
-    """The clip form's output as frame tensors, one a frame."""
-    from dissect.ledger import split_frames
-
-    return split_frames(leaf, axes)
-
-
-def _rows(leaf: Tensor, axes: Any, row: int) -> Tensor:
-    """One of three rows of an output of the clip form."""
-    dim = axes.rows + (axes.time is None and axes.rows >= min(2, len(axes)))
-    size = leaf.shape[dim] // 3
-    return leaf.narrow(dim, row * size, size)
-
-
-def _select(leaf: Tensor, axes: Any) -> Tensor:
-    frames = _unstack(leaf, axes)
-    return frames[-1]
-
-
-def _stack(column: Sequence[Tensor], axes: Any) -> Tensor:
-    from dissect.ledger import join
-
-    return join(torch.stack(tuple(column), 1).flatten(0, 1), axes, len(column))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dissect import benchmarking
 from dissect.errors import DissectError, ExportError, PlanError
-from dissect.options import Shape, merged
+from dissect.parameters import Shape, merged
 from dissect.playing import read_labels
 from dissect.preprocess import Preprocess
 from dissect.rendering import amount, kilobytes
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from dissect.quantizing import Agreement
+    from dissect.reports import Report
     from dissect.runner import Runner
     from dissect.stream import Stream
-    from dissect.verifying import Report
 
 __all__ = [
     "Work",

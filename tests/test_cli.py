@@ -340,7 +340,7 @@ def test_convert_names_the_file_by_the_model(weights: Path, tmp_path: Path, monk
 
 
 def test_a_broken_promise_is_exit_code_1_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dissect.verifying import Check, Report
+    from dissect.reports import Check, Report
 
     broken = Report((Check("original = d3d", "a still scene", 0.5, 1e-4, False, "first parts at first"),))
     monkeypatch.setattr("dissect.verifying.verify", lambda *_, **__: broken)

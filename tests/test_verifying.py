@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dissect
 from dissect.errors import VerificationError
-from dissect.verifying import Report
+from dissect.reports import Report
 
 PRESETS = ["d3d", "causal", "exact"]
 CLIP = torch.randn(1, 2, 8, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
