@@ -74,13 +74,13 @@ def measured(model: Any, example: Any, preset: str, options: dict[str, Any]) -> 
     if not report.ok:
         return Outcome("**BROKEN**", stream, None, True)
     compared = [row.error for row in report.rows if row.pair.startswith("original") and row.error is not None]
-    error = max(compared, default=None)
+    worst = max(compared, default=None)
     if stream.plan.exact:
-        return Outcome("exact" if compared else "law", stream, error)
+        return Outcome("exact" if compared else "law", stream, worst)
     if preset != "exact":
-        return Outcome("kept" if compared else "law", stream, error)
+        return Outcome("kept" if compared else "law", stream, worst)
     rows = dict.fromkeys(f"`{row.op}`: {row.reason.split(';')[0]}" for row in stream.plan.approximate)
-    return Outcome("approximate: " + "; ".join(rows), stream, error)
+    return Outcome("approximate: " + "; ".join(rows), stream, worst)
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def family(name: str, found: list[str]) -> Iterator[str]:
         yield row(key, said(network.kind), *cells(key, network.build, dict(network.options), found))
 
 
-def operators() -> Iterator[str]:
+def operators(verdicts: dict[str, dict[str, set[str]]]) -> Iterator[str]:
     """Every operator with a converter, by family, and what was seen of it in each preset."""
     from dissect.rewrite import op_name
 
@@ -164,11 +164,11 @@ def operators() -> Iterator[str]:
     yield "What the plans of all networks above say of each operator; one that only works inside a frame needs no row."
     yield ""
     yield from table("operator", "family", *PRESETS)
-    for op in sorted({*homes, *VERDICTS}, key=lambda op: (sorted(homes.get(op, {"-"})), op)):
-        seen = [", ".join(sorted(VERDICTS.get(op, {}).get(preset, ()))) for preset in PRESETS]
+    for op in sorted({*homes, *verdicts}, key=lambda op: (sorted(homes.get(op, {"-"})), op)):
+        seen = [", ".join(sorted(verdicts.get(op, {}).get(preset, ()))) for preset in PRESETS]
         if any(seen):
             yield row(f"`{op}`", ", ".join(sorted(homes.get(op, {"none"}))), *(text or "-" for text in seen))
-    silent = sorted(set(homes) - set(VERDICTS))
+    silent = sorted(set(homes) - set(verdicts))
     yield ""
     yield f"Converted as well, with no row of their own in these plans ({len(silent)}): " + ", ".join(
         f"`{op}`" for op in silent
@@ -201,16 +201,16 @@ def totals(text: str) -> Iterator[str]:
 
 
 def public(found: list[str]) -> Iterator[str]:
-    """torchvision and pytorchvideo: figures at the network's own size, promises at reduced size."""
+    """torchvision and pytorchvideo, at the size that each was made for."""
     import public_networks
 
     yield "## Public networks"
     yield ""
     yield "Of torchvision and pytorchvideo, unmodified, with random weights and statistics, float32. Delay and receptive"
     yield "field in frames; caches of one stream; *step* and *clip* are multiply-adds of one frame in the stream and of the"
-    yield "whole clip, at the clip's own size. The promise was measured at 112x112 (s3d: 224x224); *error* is the largest"
+    yield "whole clip. *Error* is the largest"
     yield "difference to the unmodified network, relative to its largest score. `pytest -m slow tests/test_model_zoos.py`"
-    yield "measures the promises at full size, ONNX Runtime included."
+    yield "runs them in ONNX Runtime too."
     yield ""
     heads = ("network", "clip", "preset", "delay", "receptive field", "caches", "step", "clip", "promise", "error")
     yield from table(*heads)
@@ -221,18 +221,17 @@ def public(found: list[str]) -> Iterator[str]:
             yield row(name, "", "", "", "", "", "", "", f"not measured: {type(error).__name__}", "")
             continue
         whole = (public_networks.example(name),)
-        small = (public_networks.example(name, size=224 if name == "s3d" else 112),)
         of_clip = multiply_adds(model, whole)
         shape = "x".join(map(str, (whole[0][-1] if isinstance(whole[0], list) else whole[0]).shape[1:]))
         for preset in PRESETS:
-            outcome = measured(model, small, preset, {})
+            outcome = measured(model, whole, preset, {})
             print(name, preset, outcome.text, outcome.error, file=sys.stderr, flush=True)
             if outcome.broken:
                 found.append(f"{name}, {preset}")
             if outcome.stream is None:
                 yield row(name, shape, preset, "", "", "", "", f"{of_clip / 1e6:,.0f} M", outcome.text, "")
                 continue
-            stream = dissect.convert(model, whole, preset=preset)
+            stream = outcome.stream
             of_step = multiply_adds(stream.step, (*stream.frame(whole, 0), *stream.caches()))
             yield row(
                 name,
@@ -291,7 +290,11 @@ def main(asked: list[str]) -> int:
     found: list[str] = []
     for name in asked or SECTIONS:
         VERDICTS.clear()
-        lines = list(SECTIONS[name](found))
+        lines: list[str] = []
+        for line in SECTIONS[name](found):
+            lines.append(line)
+            if line.startswith("| "):  # what there is is written at once: the whole takes long
+                write(name, "\n".join(lines))
         write(name, "\n".join(lines))
     for broken in found:
         print(f"broken: {broken}", file=sys.stderr)
@@ -310,14 +313,14 @@ def write(name: str, text: str) -> None:
     seen = {op: {preset: sorted(kinds) for preset, kinds in found.items()} for op, found in VERDICTS.items()}
     parts = {key: section(old, key) for key in SECTIONS}
     parts[name] = f"<!-- {name} {json.dumps(seen)} -->\n{text.strip()}\n<!-- end of {name} -->\n"
-    VERDICTS.clear()
+    verdicts: dict[str, dict[str, set[str]]] = {}
     for part in filter(None, parts.values()):
         held = json.loads(part.partition("\n")[0].split(" ", 2)[2].removesuffix(" -->"))
         for op, found in held.items():
             for preset, kinds in found.items():
-                VERDICTS.setdefault(op, {}).setdefault(preset, set()).update(kinds)
+                verdicts.setdefault(op, {}).setdefault(preset, set()).update(kinds)
     page = "\n".join([HEAD, *(part for part in parts.values() if part)])
-    PAGE.write_text("\n".join([page, *totals(page), "", *operators(), ""]))
+    PAGE.write_text("\n".join([page, *totals(page), "", *operators(verdicts), ""]))
 
 
 if __name__ == "__main__":
