@@ -25,10 +25,11 @@ from dissect.cadence import CADENCES, Native, native
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
 from dissect.forms import Cache, fresh
+from dissect.gating import steady
 from dissect.lowering import lower
 from dissect.squeezing import squeeze
 from dissect.stream import Stream
-from dissect.tuning import tune
+from dissect.tuning import Tuned, tune
 from dissect.wrapping import Flat, Resetting, recast
 
 __all__ = ["contract_of", "export"]
@@ -116,15 +117,14 @@ def to_model(
     if sparse is not None and live:
         raise ExportError("live=True leaves out the clock, and with cadence='native' the phases need it")
     source = stream if sparse is None else sparse
-    step: Any = lower(source)
     frames = [
         leaf[:1].float() if leaf.is_floating_point() else leaf[:1]
         for leaf in pytree.tree_leaves(stream.frame(stream.example, 0))
     ]
     frames = [frame.expand(ROWS, *frame.shape[1:]).contiguous().cpu() for frame in frames]
-    squeeze(step, (*frames, *fresh(source.cache_list, ROWS, torch.float32)))
     precision = PRECISIONS[dtype]
-    tuned = tune(step, source.cache_list, frames, live=live, blocked=precision == torch.float32)
+    tuned = _tuned(source, frames, live, blocked=precision == torch.float32)
+    step: Any = tuned.module
     if precision != torch.float32:
         recast(step, torch.float32, precision)
     args = (*frames, *fresh(tuned.caches, ROWS, precision))
@@ -155,6 +155,29 @@ def to_model(
     _name_batch(model)
     model.metadata_props.update(contract.to_metadata())
     return model
+
+
+def _tuned(source: Any, frames: list[torch.Tensor], live: bool, blocked: bool) -> Tuned:
+    """The lowered step, tuned.
+
+    Tuning changes speed and nothing else, so a fault of ours in it costs speed and no model: it is told, and the step stays
+    as it was lowered.
+    """
+
+    def lowered() -> Any:
+        step: Any = lower(source)
+        squeeze(step, (*frames, *fresh(source.cache_list, ROWS, torch.float32)))
+        return step
+
+    try:
+        return tune(lowered(), source.cache_list, frames, live=live, blocked=blocked)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        warnings.warn(f"the step model is right but not tuned for speed ({text}); please report this", stacklevel=3)
+        step = lowered()
+        kept = steady(step, source.cache_list) if live else tuple(source.cache_list)
+        step.recompile()
+        return Tuned(step, kept)
 
 
 def _moves(output: Any) -> bool:

@@ -65,9 +65,11 @@ class LoweredConv(nn.Module):
     @property
     def width(self) -> int:
         """The channels that it reads of one frame."""
+        kernel = self.kernels[0]
         if self.conv.groups > 1:
-            return int(self.kernels[0].shape[1]) * self.conv.groups
-        return int(self.kernels[0].shape[1]) // (1 if self.pieces is None else len(self.pieces[0]))
+            return len(kernel) if self.conv.transposed else int(kernel.shape[1]) * self.conv.groups
+        read = len(kernel) if self.conv.transposed else int(kernel.shape[1])
+        return read // (1 if self.pieces is None else len(self.pieces[0]))
 
     @property
     def depthwise(self) -> bool:

@@ -122,8 +122,9 @@ class _Widening:
             self.classes.tie(node, node.args[0])
             if isinstance(layer, Affine):
                 self.classes.tie(node, str(node.target))
-            if isinstance(layer, History) and any(
-                self.held[held].spec.shape[0] != layer.depth * layer.frame[0] for held in self.histories(node)
+            if isinstance(layer, History) and (
+                not layer.frame
+                or any(self.held[held].spec.shape[0] != layer.depth * layer.frame[0] for held in self.histories(node))
             ):
                 self.classes.fix(node)
         elif node.target is operator.getitem:

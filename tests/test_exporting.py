@@ -193,6 +193,23 @@ def test_several_inputs_and_outputs_keep_their_structure(preset: str, tmp_path: 
     assert [part.shape for part in out["maps"]] == [(1, 2, 4, 4), (1, 3, 4, 4)]
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_fault_in_tuning_costs_speed_and_no_model(
+    small: dissect.Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("dissect.exporting.tune", broken)
+    with pytest.warns(UserWarning, match=r"right but not tuned for speed \(ZeroDivisionError: by zero\)"):
+        path = dissect.export(small, tmp_path / "net.onnx", live=live)
+    if not live:
+        assert dissect.verify(small, onnx=path).check()
+    run = dissect.Runner(path)
+    outputs = [run.step(np.ones((1, 3, 4, 4), np.float32)) for _ in range(6)]
+    assert outputs[-1] is not None
+
+
 def test_a_reset_input_clears_single_rows(small: dissect.Stream, tmp_path: Path) -> None:
     path = dissect.export(small, tmp_path / "net.onnx", reset=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
