@@ -10,12 +10,15 @@ can tell the batch from everything else. The user's module is not changed.
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +91,7 @@ def capture(
     name = type(model).__name__
     if isinstance(model, ExportedProgram):
         model = model.module(check_guards=False)
-    failures: list[Exception] = []
+    failures: dict[int, Exception] = {}
     batch = inputs.batch
     with evaluating(model), standing_aside(model, example):
         for shim in (False, True):
@@ -96,10 +99,10 @@ def capture(
                 try:
                     program = _export(model, copied(example) if size == batch else inputs.rebatched(size), shim)
                 except Exception as error:
-                    failures.append(error)
+                    failures.setdefault(size, error)
                     continue
                 return _read(program, size, name)
-    raise CaptureError(_explain(model, failures))
+    raise CaptureError(_explain(model, failures[batch], example))  # not those of batches that nobody asked for
 
 
 def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.GraphModule:
@@ -134,7 +137,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProg
     token = _CAPTURING.set(True)
     logging.disable(logging.CRITICAL)  # an export that fails is explained once, not in torch's log
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _masks_as_given():
+        with warnings.catch_warnings(), torch.no_grad(), _masks_as_given(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             if shim:
                 with _legacy():
@@ -299,12 +302,22 @@ def _legacy() -> Iterator[None]:
         del meta.__call__
 
 
-def _explain(model: nn.Module, failures: list[Exception]) -> str:
-    reason = str(failures[0]).strip() or type(failures[0]).__name__
-    text = reason.splitlines()[0][:400]
-    kind = type(failures[0]).__name__
+def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> str:
+    reason = str(failure).strip() or type(failure).__name__
+    text = reason.splitlines()[0][:400].rstrip(".")
+    kind = type(failure).__name__
+    shapes = ", ".join(
+        "x".join(map(str, leaf.shape)) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)
+    )
+    name = "the exported program" if isinstance(model, fx.GraphModule) else type(model).__name__
     if "data-dependent" in reason.lower() or "GuardOnDataDependent" in kind or "Could not guard" in reason:
-        fix = "its forward branches on the values of a tensor; a stream needs one graph: make the branch depend on shapes or options only"
-    else:
-        fix = "run `torch.export.export(model, (clip,), strict=False)` to see the whole of torch's report"
-    return f"{type(model).__name__} cannot be captured: {kind}: {text}; {fix}"
+        lines = re.findall(r'File "([^"]+)", line (\d+), in forward', reason)
+        where = f" at {Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
+        return (
+            f"{name} cannot be captured: its forward branches on the values of a tensor{where}, and a stream needs one graph; "
+            "make the branch depend on shapes or options only"
+        )
+    return (
+        f"{name} cannot be captured with an example of {shapes}: {kind}: {text}; if the example is right, run "
+        "`torch.export.export(model, (clip,), strict=False)` to see the whole of torch's report"
+    )

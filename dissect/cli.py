@@ -118,7 +118,7 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
         stage.print(out, rendering.pairs([("file", f"{path}, {rendering.kilobytes(found['bytes'])}")]))
         if rest["measured"]:
             stage("measuring")
-            runner = Runner(path, threads=rest["threads"])
+            runner = Runner(path, batch=stream.dissected.inputs.batch, threads=rest["threads"])
             comparison, remark = workbench.race(
                 benchmarking.step_of(runner), work, rest["threads"], stream=stream, frames=runner.period
             )

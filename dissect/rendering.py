@@ -116,7 +116,10 @@ def report_table(rows: Sequence[Any]) -> Table:
         table.add_column(name, overflow="fold")
     for row in rows:
         error, allowed = ("-" if value is None else f"{value:.1e}" for value in (row.error, row.tolerance))
-        held = "[green]holds[/]" if row.ok else "[bold red]BROKEN[/]"
+        measured = row.error is None or row.tolerance == float("inf")  # told, and promised by nobody
+        held = ("[yellow]measured[/]" if row.error is not None else "-") if measured else "[green]holds[/]"
+        allowed = "-" if measured else allowed
+        held = held if row.ok else "[bold red]BROKEN[/]"
         table.add_row(escape(row.pair), escape(row.what), error, allowed, held, escape(row.note))
     return table
 

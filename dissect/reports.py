@@ -48,5 +48,10 @@ class Report:
 
 def line(row: Check) -> str:
     """One check as a line of text."""
-    error = "not compared" if row.error is None else f"{row.error:.1e} (allowed {row.tolerance:.0e})"
+    if row.error is None:
+        error = "not compared"
+    elif row.tolerance == float("inf"):
+        error = f"{row.error:.1e} (measured, nothing is promised)"
+    else:
+        error = f"{row.error:.1e} (allowed {row.tolerance:.0e})"
     return f"{'ok  ' if row.ok else 'FAIL'}  {row.pair}: {row.what}: {error}" + (f"; {row.note}" if row.note else "")

@@ -238,12 +238,18 @@ class _Verifier:
             (leaf, dim) for leaf, dim in zip(leaves, self.stream.dissected.time_dims, strict=True) if dim is not None
         ]
 
+    def batch(self, model: nn.Module | ExportedProgram) -> int:
+        """Rows for the original: one, but what an exported program was exported with where it takes no other batch."""
+        dissected = self.stream.dissected
+        fixed = isinstance(model, ExportedProgram) and dissected.captured.batch == dissected.inputs.batch
+        return dissected.inputs.batch if fixed else 1
+
     def exact(self, model: nn.Module | ExportedProgram) -> None:
         run = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
         promise = self.stream.plan.exact
         compared = 0
         for frames in self.lengths():
-            inputs = self.clip(1, frames)
+            inputs = self.clip(self.batch(model), frames)
             try:
                 with evaluating(run):
                     wanted = self.theirs(run(*cloned(self.stream.original(*inputs))), frames)
@@ -327,12 +333,12 @@ class _Verifier:
 
     def d3d(self, model: nn.Module | ExportedProgram) -> None:
         frames = self.lengths()[0]
-        inputs = self.clip(1, frames, still=True)
+        inputs = self.clip(self.batch(model), frames, still=True)
         pair, what = "original = d3d", "a still scene in steady state, away from the clip's edges"
         wanted = self.imagined(oracle.Still, model, inputs, pair, what)
         if wanted is None:
             return
-        caches: Sequence[Tensor] = self.stream.caches(1)
+        caches: Sequence[Tensor] = self.stream.caches(self.batch(model))
         steady = self.stream.timing.warmup + 1
         frame = self.stream.frame(inputs, 0)
         out = None
@@ -360,7 +366,7 @@ class _Verifier:
 
     def causal(self, model: nn.Module | ExportedProgram) -> None:
         frames = self.lengths()[0]
-        inputs = self.clip(1, frames)
+        inputs = self.clip(self.batch(model), frames)
         pair, what = "original, kernels shifted = causal", f"{frames} frames"
         shifted = partial(oracle.Shifted, repeated=self.stream.options.fill == "replicate")
         wanted = self.imagined(shifted, model, inputs, pair, what)
@@ -415,7 +421,12 @@ class _Verifier:
         """
         from dissect.runner import Runner
 
-        if Runner(path, providers=["CPUExecutionProvider"]).period > 1:
+        runner = Runner(path, providers=["CPUExecutionProvider"])
+        other = self.another(runner)
+        if other:
+            self.rows.append(Check("step form = ONNX Runtime", path.name, None, None, False, other))
+            return
+        if runner.period > 1:
             self.drive_native(path)
             return
         pair, tolerance = "step form = ONNX Runtime", 1e-3 if self.tolerance < 1e-4 else 1e-4
@@ -425,7 +436,7 @@ class _Verifier:
         tolerance, note = _narrow(held, tolerance)
         clocked = any(cache.spec.role == "age" for cache in self.stream.cache_list)
         live = clocked and not any(cache.role == "age" for cache in runner.caches)
-        frames = timing.warmup + 3 if live else min(max(7, self.deepest() + 3), 24)
+        frames = timing.warmup + 3 if live else self.enough(min(max(7, self.deepest() + 3), 24))
         if frames > 128:
             self.rows.append(Check(pair, f"live, a warm-up of {timing.warmup} frames", None, None, True))
             return
@@ -451,6 +462,26 @@ class _Verifier:
             there = [(left, right) for left, right in pairs if left is not None]  # some outputs end before others
             self.compare(pair, what, [left for left, _ in there], [right for _, right in there], tolerance, note)
 
+    def another(self, runner: Any) -> str:
+        """What tells that a file was made from another network, or with other options; empty where nothing does."""
+        ours = [tuple(array.shape[1:]) for array in self.arrays(self.stream.frame(self.stream.example, 0))]
+        theirs = [tuple(spec.shape[1:]) for spec in runner.inputs]
+        if ours != theirs:
+            return f"the file is of another network: its frames are {theirs}, and this one's {ours}"
+        if runner.period == 1 and runner.delay != self.stream.timing.delay:
+            return (
+                f"the file is of another network or other options: its delay is {runner.delay} frames, "
+                f"and this one's {self.stream.timing.delay}"
+            )
+        return ""
+
+    def enough(self, frames: int) -> int:
+        """At least so many frames that some output comes, in the stream or in its flush."""
+        delay = self.stream.timing.delay
+        while frames <= delay and frames + self.stream.flush_frames(frames) <= delay:
+            frames += 1
+        return frames
+
     def deepest(self) -> int:
         """Frames in the longest history."""
         histories = [layer for layer in self.stream.step.modules() if isinstance(layer, History)]
@@ -462,7 +493,7 @@ class _Verifier:
 
         for batch in (3, 1):
             runner = Runner(path, batch=batch, providers=["CPUExecutionProvider"])
-            frames = 2 * runner.period + 3
+            frames = self.enough(2 * runner.period + 3)
             inputs = self.clip(batch, frames)
             given = [runner.step(*self.arrays(self.stream.frame(inputs, time))) for time in range(frames)]
             got = [tensors(out) for out in (*given, *runner.flush()) if out is not None]

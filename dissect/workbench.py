@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dissect import benchmarking
-from dissect.errors import DissectError, ExportError, PlanError
+from dissect.errors import CaptureError, DissectError, ExportError, PlanError
 from dissect.parameters import Shape, merged
 from dissect.playing import read_labels
 from dissect.preprocess import Preprocess
@@ -85,30 +85,45 @@ def work_of(model: str | None, given: Mapping[str, Any]) -> Work:
     if model is None:
         return Work(load(given["arch"], arch_args=given["arch_args"]), example)
     network = load(model, given["arch"], given["arch_args"], given["trust"], example)
+    if not given["shapes"] and not isinstance(network, torch.nn.Module) and network.example_inputs:
+        example = tuple(network.example_inputs[0])  # an archive knows what it was exported with
     return Work(network, example)
 
 
 def stream_of(work: Work, given: Mapping[str, Any]) -> Stream:
     """Dissect the network as the options say, with the user's own converters."""
+    from torch import nn
+
     from dissect.registry import load_rules
     from dissect.stream import convert
 
     for rules in given["rules"]:
         load_rules(rules)
-    return convert(
-        work.network,
-        work.example if len(work.example) > 1 or isinstance(work.example[0], list) else work.example[0],
-        given["preset"],
-        merged(given["settings"]),
-        given["pool"],
-        given["window"],
-        given["time_dim"],
-        _layouts(given["layouts"]),
-        given["rates"],
-        skip=given["skip"],
-        fill=given["fill"],
-        stem=given["stem"],
-    )
+    try:
+        return convert(
+            work.network,
+            work.example if len(work.example) > 1 or isinstance(work.example[0], list) else work.example[0],
+            given["preset"],
+            merged(given["settings"]),
+            given["pool"],
+            given["window"],
+            given["time_dim"],
+            _layouts(given["layouts"]),
+            given["rates"],
+            skip=given["skip"],
+            fill=given["fill"],
+            stem=given["stem"],
+        )
+    except CaptureError as error:
+        if given["shapes"] or not isinstance(work.network, nn.Module) or "an example of" not in str(error):
+            raise
+        raise CaptureError(
+            f"{error}. The example was {_told(_CLIP)}, the default: give the network's own as --input."
+        ) from error
+
+
+def _told(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _layouts(given: Sequence[str]) -> str | tuple[str | None, ...] | None:
@@ -122,6 +137,7 @@ def describe(stream: Stream, given: Mapping[str, Any]) -> str:
     """Give the stream the labels and the preprocessing that go into its file; in words what the latter is."""
     if given["labels"]:
         stream.labels = read_labels(given["labels"])
+        _check_labels(stream, given["labels"])
     shape = tuple(stream.frame(stream.example, 0)[0].shape[1:]) if _is_picture(stream) else ()
     if not shape:
         if given["mean"] or given["std"]:
@@ -133,6 +149,14 @@ def describe(stream: Stream, given: Mapping[str, Any]) -> str:
     stream.preprocess = asdict(chosen)
     origin = "as asked for" if mean and std else "those of Kinetics unless --mean and --std say otherwise"
     return f"{shape[1]}x{shape[2]} {chosen.color}, mean and deviation {origin}"
+
+
+def _check_labels(stream: Stream, path: Path) -> None:
+    """Raise where the labels are not as many as the classes, if the first output is scores."""
+    value = stream.dissected.outputs[0].value
+    frame = () if value is None or value.constant else value.axes.frame
+    if len(frame) == 1 and frame[0] != len(stream.labels or ()):
+        raise PlanError(f"{path} has {len(stream.labels or ())} names, and the network scores {frame[0]} classes.")
 
 
 def name_of(model: str | None, given: Mapping[str, Any]) -> str:
@@ -210,7 +234,7 @@ def totals(stream: Stream, work: Work, cadence: str = "every") -> dict[str, Any]
 
     timing = stream.timing
     frame = stream.frame(work.example, 0)
-    batch = int(stream.caches()[0].shape[0]) if stream.caches() else 1
+    batch = stream.dissected.inputs.batch
     found = {
         "preset": stream.options.preset,
         "exact": stream.plan.exact,
@@ -224,13 +248,13 @@ def totals(stream: Stream, work: Work, cadence: str = "every") -> dict[str, Any]
     sparse = native(stream) if cadence == "native" else None
     try:
         if sparse is None:
-            found["multiply_adds_per_frame"] = multiply_adds(stream.step, (*frame, *stream.caches(batch)))
+            found["multiply_adds_per_frame"] = multiply_adds(stream.step, (*frame, *stream.caches(batch))) // batch
         else:
             caches = sparse.caches(stream, batch)
             found["cache_bytes"] = sum(cache.nbytes // batch for cache in caches)
             counts = [multiply_adds(sparse.phase(phase), (*frame, *caches)) for phase in range(sparse.period)]
-            found["multiply_adds_per_frame"] = sum(counts) / sparse.period
-        found["multiply_adds_per_clip"] = multiply_adds(work.module, work.example)
+            found["multiply_adds_per_frame"] = sum(counts) / sparse.period / batch
+        found["multiply_adds_per_clip"] = multiply_adds(work.module, work.example) // batch
     except DissectError:
         raise
     except Exception as error:  # a count is a comfort; a network that cannot be counted can still be dissected
@@ -274,7 +298,7 @@ def race(
     Where torch cannot export the clip network, its window runs in PyTorch, and so does the step if ``stream`` has one.
     ``frames``: the step's time is the mean over so many, a period of its cadence.
     """
-    batch = int(_first(work.example).shape[0])
+    batch = int(_first(work.example).shape[0]) if stream is None else stream.dissected.inputs.batch
     try:
         window, runtime, remark = (
             benchmarking.onnx_window(work.module, work.example, threads, providers),

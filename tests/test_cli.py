@@ -226,6 +226,54 @@ def test_refusals_as_json() -> None:
     assert "special_i1e" in found["error"]["message"]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_archive_knows_its_example_and_may_take_no_other_batch(tmp_path: Path, batch: int) -> None:
+    program = torch.export.export(Tiny().eval(), (torch.randn(batch, 3, 8, 20, 20),))
+    torch.export.save(program, tmp_path / "tiny.pt2")
+    out = call("convert", tmp_path / "tiny.pt2", "--preset", "exact", "--no-bench", "-o", tmp_path / "tiny.onnx").output
+    assert "original = exact" in out
+    assert "BROKEN" not in out
+    assert dissect.Runner(tmp_path / "tiny.onnx").inputs[0].shape[1:] == (3, 20, 20)
+
+
+class Choosing(nn.Module):
+    """A network that branches on what it sees."""
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        """Clip to clip."""
+        return clip * 2 if clip.mean() > 0 else clip
+
+
+def test_a_forward_that_branches_on_values_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    out = call("inspect", f"{__name__}:Choosing", *SMALL, code=2).output
+    assert "branches on the values of a tensor at test_cli.py:" in out
+    assert not capfd.readouterr().err, "torch's own account of it"
+
+
+def test_a_forgotten_input_is_named(tmp_path: Path) -> None:
+    out = call("inspect", f"{__name__}:Flat", code=2).output
+    assert "The example was 1x3x16x112x112, the default: give the network's own as --input." in out
+
+
+class Flat(nn.Module):
+    """Scores of a clip of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 8 * 8 * 8, 4)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        """Clip (N, 3, 8, 8, 8) to scores."""
+        return self.fc(clip.flatten(1))
+
+
+def test_labels_are_as_many_as_classes(tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("cake\nrun\n")
+    options = ["--labels", tmp_path / "two.txt", "-o", tmp_path / "tiny.onnx", *SMALL, *FAST]
+    out = call("convert", TINY, *options, code=2).output
+    assert "two.txt has 2 names, and the network scores 4 classes." in out
+
+
 def test_rules_of_ones_own(tmp_path: Path) -> None:
     rules = tmp_path / "my_rules.py"
     rules.write_text(

@@ -102,6 +102,23 @@ def test_another_file_is_found(preset: str, tmp_path: Path) -> None:
     assert set(broken(dissect.verify(stream, model, onnx=path))) == {"step form = ONNX Runtime"}
 
 
+def test_a_file_of_other_options_is_told(tmp_path: Path) -> None:
+    model, stream = made("exact")
+    path = dissect.export(dissect.convert(model, CLIP, preset="causal"), tmp_path / "causal.onnx")
+    (row,) = [row for row in dissect.verify(stream, model, onnx=path).rows if not row.ok]
+    assert f"its delay is 0 frames, and this one's {stream.timing.delay}" in row.note
+
+
+def test_outputs_are_compared_however_late_they_come() -> None:
+    """A stack whose first output comes after the frames of an ordinary comparison."""
+    model = scrambled(nn.Sequential(*(nn.Conv3d(1, 1, (9, 1, 1)) for _ in range(5))), 0)
+    stream = dissect.convert(model, torch.randn(1, 1, 48, 2, 2, dtype=torch.float64), preset="exact")
+    assert stream.timing.delay == 40
+    (row,) = [row for row in dissect.verify(stream, model).check().rows if row.pair == "step form = ONNX Runtime"]
+    assert row.error is not None
+    assert "41 frames" in row.what
+
+
 class Leaky(nn.Module):
     """Breaks the law: what a row gives depends on the batch."""
 
