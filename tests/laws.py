@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dissect.stream import Stream, output_time
 
-__all__ = ["close", "law", "leaves", "offline", "steps", "streamed"]
+__all__ = ["Ranks", "close", "law", "leaves", "offline", "steps", "streamed"]
 
 leaves = pytree.tree_leaves
 
@@ -122,3 +122,15 @@ def offline(stream: Stream, network: nn.Module, clip: Tensor, lengths: Sequence[
             close(streamed(stream, cut, frames=frames), wanted, tolerance, f"a clip of {frames} frames")
             compared += 1
     return compared
+
+
+class Ranks(fx.Interpreter):
+    """The highest rank of all tensors of a run but parameters."""
+
+    highest = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "get_attr":
+            self.highest = max(self.highest, value.dim())
+        return value

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, event, given, seed, settings
-from laws import close, law, leaves, offline
+from laws import Ranks, close, law, leaves, offline
 from random_networks import Drawn, networks
-from torch import Tensor, fx
+from torch import Tensor
 
 import dissect
 from dissect.errors import NotStreamable
@@ -66,18 +66,6 @@ def volumetric(stream: dissect.Stream) -> bool:
         for value in stream.dissected.trace.values()
         if not value.constant
     )
-
-
-class Ranks(fx.Interpreter):
-    """The highest rank of all tensors of a run but parameters."""
-
-    highest = 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "get_attr":
-            self.highest = max(self.highest, value.dim())
-        return value
 
 
 def keeps_its_promises(drawn: Drawn, preset: str, lengths: int = 4) -> None:

@@ -7,24 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from laws import close, leaves
-from torch import Tensor, fx, nn
+from laws import Ranks, close, leaves
+from torch import Tensor, nn
 
 import dissect
 from dissect.lowering import lower
 from dissect.squeezing import squeeze
-
-
-class Ranks(fx.Interpreter):
-    """Keeps the highest rank of all tensors of a run but parameters."""
-
-    highest = 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "get_attr":
-            self.highest = max(self.highest, value.dim())
-        return value
 
 
 class Around(nn.Module):
