@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dissect
 from dissect.errors import NotStreamable
 
-PRESETS = pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+PRESETS = pytest.mark.parametrize("preset", ["exact", pytest.param("causal", marks=pytest.mark.slow), "d3d"])
 MODES = [("nearest", None), ("nearest-exact", None), ("trilinear", False), ("trilinear", True)]
 
 

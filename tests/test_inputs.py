@@ -13,7 +13,7 @@ import dissect
 from dissect.errors import PlanError
 from dissect.inputs import Inputs, parse
 
-PRESETS = pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+PRESETS = pytest.mark.parametrize("preset", ["exact", pytest.param("causal", marks=pytest.mark.slow), "d3d"])
 T = 6
 
 

@@ -11,7 +11,7 @@ import dissect
 REFUSED: dict[tuple[str, str], str] = {}
 
 
-@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+@pytest.mark.parametrize("preset", ["exact", pytest.param("causal", marks=pytest.mark.slow), "d3d"])
 @pytest.mark.parametrize("name", STYLES)
 def test_keeps_its_promises(name: str, preset: str) -> None:
     style = STYLES[name]
