@@ -171,6 +171,8 @@ def _tuned(source: Any, frames: list[torch.Tensor], live: bool, blocked: bool) -
 
     try:
         return tune(lowered(), source.cache_list, frames, live=live, blocked=blocked)
+    except ExportError:
+        raise  # what cannot be, not what went wrong
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         warnings.warn(f"the step model is right but not tuned for speed ({text}); please report this", stacklevel=3)
