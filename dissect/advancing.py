@@ -20,6 +20,7 @@ class Advance:
     def __init__(self, module: fx.GraphModule, given: Iterable[Sequence[Any]]) -> None:
         self.interpreter = fx.Interpreter(module, garbage_collect_values=False)
         self.nodes: list[fx.Node] = list(module.graph.nodes)
+        self.place = {node: place for place, node in enumerate(self.nodes)}
         self.at = 0
         self.kept: frozenset[fx.Node] = frozenset()
         taken = [node for node in self.nodes if node.op == "placeholder"]
@@ -34,7 +35,7 @@ class Advance:
 
     def before(self, node: fx.Node) -> bool:
         """Compute everything in front of a node; False where the node itself was passed already."""
-        if node in self.nodes[: self.at]:
+        if self.place[node] < self.at:
             return False
         while self.nodes[self.at] is not node:
             self.step()

@@ -6,11 +6,9 @@ slows the machine slows both.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dissect.errors import DissectError
+from dissect.quiet import quiet
 from dissect.runner import Runner
 from dissect.sessions import open_session
 
@@ -148,7 +147,7 @@ def onnx_window(model: nn.Module, inputs: tuple[Any, ...], threads: int | None =
     with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
         file = Path(folder) / "clip.onnx"
         try:
-            with _quiet():
+            with _silent():
                 torch.onnx.export(model, inputs, str(file), dynamo=True, verbose=False)
             session = open_session(file, providers, threads)
         except Exception as error:
@@ -199,13 +198,7 @@ def _timed(call: Call, times: int = 1) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silent() -> Iterator[None]:
     """Nothing that torch's exporter prints, warns or logs reaches the user."""
-    level = logging.root.manager.disable
-    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(level)
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), quiet():
+        yield

@@ -66,7 +66,7 @@ class Native:
             replace(cache, due=(when.start, when.gap))
             for cache, when in zip(forms.caches_of(dissected), dues, strict=True)
         )
-        self.outputs = tuple(_due_of(output) for output in dissected.outputs if _moves(output))
+        self.outputs = tuple(_due_of(output) for output in dissected.outputs if output.moves)
 
     @property
     def due(self) -> tuple[Due, ...]:
@@ -85,9 +85,7 @@ class Native:
         result = graph.graph_copy(self.step.graph, nodes)
         assert isinstance(result, tuple)
         moving = iter(self.outputs)
-        dues = [
-            next(moving) if _moves(output) else None for output in self.dissected.outputs if output.value is not None
-        ]
+        dues = [next(moving) if output.moves else None for output in self.dissected.outputs if output.value is not None]
         kept = [value for value, when in zip(result, (*dues, *self.due), strict=True) if when and when.at(phase)]
         graph.output(tuple(kept))
         due = {str(node.target): when for node, when in self._due.items()}
@@ -106,16 +104,12 @@ class Native:
 def native(stream: Stream) -> Native | None:
     """The stream at its network's own rate; None where that is every frame."""
     dissected = stream.dissected
-    wanted = {output: _due_of(output) for output in dissected.outputs if _moves(output)}
+    wanted = {output: _due_of(output) for output in dissected.outputs if output.moves}
     period = lcm(*(due.gap for due in wanted.values()))
     if period == 1:
         return None
     due = _demand(dissected, wanted, period)
     return Native(_spaced(dissected, due), due, period)
-
-
-def _moves(output: Output) -> bool:
-    return output.value is not None and output.value.timing is not None
 
 
 def _due_of(output: Output) -> Due:

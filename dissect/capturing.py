@@ -11,7 +11,6 @@ can tell the batch from everything else. The user's module is not changed.
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.errors import CaptureError
 from dissect.inputs import Inputs
 from dissect.opaque import standing_aside
+from dissect.quiet import quiet
 
 __all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
 
@@ -133,18 +133,14 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
-    level = logging.root.manager.disable
     token = _CAPTURING.set(True)
-    logging.disable(logging.CRITICAL)  # an export that fails is explained once, not in torch's log
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), _masks_as_given(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+    try:  # an export that fails is explained once, not in torch's log
+        with quiet(), torch.no_grad(), _masks_as_given(), redirect_stderr(io.StringIO()):
             if shim:
                 with _legacy():
                     return torch.export.export(model, args, strict=False)
             return torch.export.export(model, args, strict=False)
     finally:
-        logging.disable(level)
         _CAPTURING.reset(token)
 
 

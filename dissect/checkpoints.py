@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from dissect.errors import LoadError
 if TYPE_CHECKING:
     from dissect.stream import Stream
 
-__all__ = ["Checkpoint", "fingerprint"]
+__all__ = ["Checkpoint", "Saver", "fingerprint"]
 
 _VERSION = 1
 
@@ -77,6 +78,24 @@ class Checkpoint:
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
+
+
+class Saver:
+    """Saves ``state()`` to a checkpoint every ``every`` seconds while a run goes on, and when it is told to."""
+
+    def __init__(self, checkpoint: Checkpoint, every: float, state: Callable[[], Mapping[str, Any]]) -> None:
+        self.checkpoint, self.every, self.state = checkpoint, every, state
+        self.written = time.monotonic()
+
+    def tick(self) -> None:
+        """A step is done: save, if it is time."""
+        if self.checkpoint.path is not None and time.monotonic() - self.written >= self.every:
+            self.save()
+
+    def save(self) -> None:
+        """Save now."""
+        self.checkpoint.save(self.state())
+        self.written = time.monotonic()
 
 
 def fingerprint(stream: Stream) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
+from dissect.beside import beside
 from dissect.cadence import CADENCES, Native, native
 from dissect.contract import CacheSpec, Contract, InputSpec, OutputSpec
 from dissect.errors import ExportError
@@ -82,13 +82,13 @@ def export(
     if dtype == "int8":
         from dissect.quantizing import quantize
 
-        with _beside(target) as whole:
+        with beside(target) as whole:
             options = {"preprocess": preprocess, "labels": labels, "reset": reset, "cadence": cadence, "live": live}
             quantize(export(stream, whole, **options), target, calibration)
         return target
     model = to_model(stream, preprocess, labels, reset, cadence, dtype, live)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    with _beside(target) as partial:
+    with beside(target) as partial:
         if size > LIMIT:
             ir.save(model, partial, external_data=f"{target.name}.data")
             data = partial.with_name(f"{target.name}.data")
@@ -136,7 +136,7 @@ def to_model(
         args = (*args, torch.zeros(ROWS, dtype=torch.bool))
         names.append("reset")
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    kept = [_moves(output) for output in stream.dissected.outputs if output.value is not None]
+    kept = [output.moves for output in stream.dissected.outputs if output.value is not None]
     flat = Flat(step, len(frames), kept, precision)
     try:
         with _quiet(), torch.no_grad():
@@ -180,11 +180,6 @@ def _tuned(source: Any, frames: list[torch.Tensor], live: bool, blocked: bool) -
         kept = steady(step, source.cache_list) if live else tuple(source.cache_list)
         step.recompile()
         return Tuned(step, kept)
-
-
-def _moves(output: Any) -> bool:
-    """Whether an output depends on the clip; a step model has no others."""
-    return output.value is not None and output.value.timing is not None
 
 
 def _tidy(model: ir.Model) -> None:
@@ -273,7 +268,7 @@ def contract_of(
         for cache in (stream.cache_list if kept is None else kept)
     )
     indices = iter(range(len(outputs)))
-    positions = [next(indices) if _moves(output) else None for output in dissected.outputs]
+    positions = [next(indices) if output.moves else None for output in dissected.outputs]
     structure = _plain(pytree.tree_unflatten(positions, dissected.captured.out_spec))
     preprocess = preprocess if preprocess is not None else stream.preprocess
     timing = stream.timing
@@ -320,13 +315,6 @@ def _plain(structure: Any) -> Any:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder beside the target for a file that is not whole yet; gone afterwards, whatever happens."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        yield Path(folder) / target.name
 
 
 @contextmanager

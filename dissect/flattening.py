@@ -12,17 +12,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dissect.converters.adaptive import adaptive_space
 from dissect.forms import Cache
 from dissect.primitives import Gate, History, Tap, WindowReduce
 from dissect.squeezing import Drop, Squeeze, shapes_of
+from dissect.stepgraph import REDUCTIONS, held, layer_of
 from dissect.windows import share
 
 __all__ = ["flatten"]
-
-_REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin}
 
 
 def flatten(module: fx.GraphModule, args: Sequence[Tensor], caches: Sequence[Cache]) -> tuple[Cache, ...]:
@@ -35,8 +34,7 @@ class _Flatten(Squeeze):
 
     def __init__(self, module: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]], caches: Sequence[Cache]) -> None:
         super().__init__(module, shapes)
-        given = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.held = dict(zip(given[len(given) - len(caches) :], caches, strict=True))
+        self.held = held(module.graph, caches)
         self.flat: set[fx.Node] = set()
         (results,) = (node for node in module.graph.nodes if node.op == "output")
         self.news = set(results.args[0][len(results.args[0]) - len(caches) :])
@@ -44,23 +42,20 @@ class _Flatten(Squeeze):
     def run(self) -> tuple[Cache, ...]:  # type: ignore[override]
         super().run()
         done = []
-        for held, cache in self.held.items():
-            shape = cache.spec.shape[:1] if held in self.flat else cache.spec.shape
+        for argument, cache in self.held.items():
+            shape = cache.spec.shape[:1] if argument in self.flat else cache.spec.shape
             done.append(replace(cache, spec=replace(cache.spec, shape=shape)))
         return tuple(done)
 
     def cache_of(self, node: fx.Node) -> list[fx.Node]:
         """The cache of a history of points that only pools and delays read."""
-        layer = self.layer_of(node)
+        layer = layer_of(self.module, node)
         if not isinstance(layer, History) or type(layer) is not History or layer.depth == 0:
             return []
         caches: Any = node.kwargs.get("caches", ())
         readers = [reader for known in node.users if known.args[1] == 0 for reader in known.users]
-        fit = all(isinstance(self.layer_of(reader), (Tap, WindowReduce)) for reader in readers)
+        fit = all(isinstance(layer_of(self.module, reader), (Tap, WindowReduce)) for reader in readers)
         return [cache for cache in caches if fit and cache in self.held]
-
-    def layer_of(self, node: fx.Node) -> nn.Module | None:
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def spare(self, node: fx.Node, not_these: Sequence[int] = ()) -> Drop:
         shape = self.shapes.get(node, ())
@@ -88,16 +83,16 @@ class _Flatten(Squeeze):
             flat = tuple(self.made[leaf] if leaf in self.news else self.of(leaf, ()) for leaf in leaves)
             self.made[node] = self.graph.output(flat)
             return ()
-        if node.op == "call_module" and isinstance(layer := self.layer_of(node), History):
-            held = self.cache_of(node)
-            if not held or not self.drops[source]:
+        if isinstance(layer := layer_of(self.module, node), History):
+            kept = self.cache_of(node)
+            if not kept or not self.drops[source]:
                 return None
-            self.flat.update(held)
+            self.flat.update(kept)
             layer.frame = layer.frame[:1]
             return self.passed(node, self.spare(source))
         if node.target is operator.getitem and self.drops.get(source):
             return self.passed(node, self.drops[source])
-        if isinstance(self.layer_of(node), (Tap, WindowReduce, Gate)):
+        if isinstance(layer_of(self.module, node), (Tap, WindowReduce, Gate)):
             return self.passed(node, self.drops[source])
         if node.target is share:  # it has the rank of its last operand
             self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
@@ -108,7 +103,7 @@ class _Flatten(Squeeze):
             over = torch.mean if node.args[1] == "mean" else torch.amax
             self.made[node] = self.graph.call_function(over, (self.made[source], list(drop), False))
             return drop
-        if node.target not in _REDUCTIONS and not any(self.drops[read] for read in node.all_input_nodes):
+        if node.target not in REDUCTIONS and not any(self.drops[read] for read in node.all_input_nodes):
             return None  # a convolution gave the point: nothing may stand between it and its activation
         return super().rewritten(node)
 

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from dissect.errors import ExportError
 from dissect.forms import Cache
 from dissect.primitives import Clock, Gate, History, Primitive, WindowReduce
+from dissect.stepgraph import held, layer_of, put
 
 __all__ = ["shared", "steady"]
 
@@ -66,7 +67,7 @@ def shared(module: fx.GraphModule, ranks: Mapping[fx.Node, int]) -> None:
     readers: list[tuple[fx.Node, fx.Node, int, Form]] = []
     for question, answer in _answers(clock):
         for reader in answer.users:
-            layer = module.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+            layer = layer_of(module, reader)
             rank = ranks.get(reader, 0)
             if not isinstance(layer, (Gate, WindowReduce)) or rank < 2:
                 continue
@@ -79,7 +80,7 @@ def shared(module: fx.GraphModule, ranks: Mapping[fx.Node, int]) -> None:
         return
     layer = module.get_submodule(str(clock.target))
     assert isinstance(layer, Clock)
-    _put(module, str(clock.target), Answers(layer, wanted))
+    put(module, str(clock.target), Answers(layer, wanted))
     first, start = {}, len(layer.queries)
     for form, questions in wanted.items():
         first[form] = start
@@ -129,8 +130,7 @@ def steady(module: fx.GraphModule, caches: Sequence[Cache]) -> tuple[Cache, ...]
     kept = [at for at, cache in enumerate(caches) if cache.spec.role == "cache"]
     results.args = ((*values[:count], *(values[count + at] for at in kept)),)
     module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    given = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, cache in zip(given[len(given) - len(caches) :], caches, strict=True):
+    for node, cache in held(module.graph, caches).items():
         if cache.spec.role != "cache":
             module.graph.erase_node(node)
     return tuple(caches[at] for at in kept)
@@ -140,7 +140,7 @@ def _settle(
     module: fx.GraphModule, reader: fx.Node, answer: fx.Node, positions: int, settled: Mapping[fx.Node, int]
 ) -> None:
     """Give one reader of an answer that no longer changes what it becomes."""
-    layer = module.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+    layer = layer_of(module, reader)
     if isinstance(layer, Gate):
         masked: Any = reader.args[0]
         reader.replace_all_uses_with(masked)
@@ -158,16 +158,10 @@ def _settle(
 
 def _clock(module: fx.GraphModule) -> fx.Node | None:
     """The one node that is the clock."""
-    found = (node for node in module.graph.nodes if node.op == "call_module")
-    return next((node for node in found if isinstance(module.get_submodule(str(node.target)), Clock)), None)
+    return next((node for node in module.graph.nodes if isinstance(layer_of(module, node), Clock)), None)
 
 
 def _answers(clock: fx.Node) -> list[tuple[int, fx.Node]]:
     """Each answer's question, by number, and its node."""
     answers = [user for user in clock.users if user.args[1] == 0]
     return [(int(str(node.args[1])), node) for together in answers for node in together.users]
-
-
-def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
-    owner, _, leaf = path.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, layer)

@@ -7,7 +7,6 @@ from the number of the step, and a checkpoint holds weights, optimizer, torch's 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dissect.checkpoints import Checkpoint
+from dissect.checkpoints import Checkpoint, Saver
 from dissect.clips import Batch, Clips
 from dissect.errors import ClipError, PlanError
 from dissect.rendering import Bar
@@ -157,12 +156,11 @@ def learn(
         batches = clips.epoch(place.epoch, seed, place.batch)
         if saved is not None:  # after the clips' own draws, which brought them to their place
             torch.set_rng_state(saved["random"])
-            for one, state in zip(cuda, saved["cuda"], strict=False):
-                torch.cuda.set_rng_state(state, one)
-        written = time.monotonic()
+            for one, numbers in zip(cuda, saved["cuda"], strict=False):
+                torch.cuda.set_rng_state(numbers, one)
 
-        def write() -> None:
-            state = {
+        def state() -> dict[str, Any]:
+            return {
                 "place": vars(place),
                 "weights": stream.clip.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -170,8 +168,8 @@ def learn(
                 "random": torch.get_rng_state(),
                 "cuda": [torch.cuda.get_rng_state(one) for one in cuda],
             }
-            checkpoint.save(state)
 
+        saver = Saver(checkpoint, every, state)
         bar.start(place.step)
         while not course.over(place.step, place.epoch):
             batch = next(batches, None)
@@ -188,13 +186,11 @@ def learn(
             optimizer.step()
             place.batch, place.step, place.total = place.batch + 1, place.step + 1, place.total + float(value.detach())
             bar.advance(f"loss {place.total / place.batch:.3g}")
-            if checkpoint.path is not None and time.monotonic() - written >= every:
-                write()
-                written = time.monotonic()
+            saver.tick()
         if place.batch:
             place.losses.append(place.total / place.batch)
             place.batch, place.total = 0, 0.0
-        write()
+        saver.save()
     return place.losses
 
 

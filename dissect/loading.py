@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import pickle
 import re
 import sys
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dissect.errors import LoadError
+from dissect.quiet import quiet
 from dissect.screening import findings
 from dissect.sniffing import Kind, sniff
 
@@ -89,7 +88,7 @@ def _load_exported(path: Path, trust: bool) -> ExportedProgram:
                 f"{path} is a torch.export archive with {'; '.join(dangers[:3])}, and loading that can run code. "
                 "If you trust where the file comes from, allow it with --trust (in Python, trust=True)."
             )
-        with _quiet(), _tensors_only(not trust), path.open("rb") as file:
+        with quiet(), _tensors_only(not trust), path.open("rb") as file:
             program: ExportedProgram = torch.export.load(io.BytesIO(file.read()))
         return program
     except LoadError:
@@ -104,7 +103,7 @@ def _load_exported(path: Path, trust: bool) -> ExportedProgram:
 def _load_torchscript(path: Path, example: Any) -> nn.Module:
     """Read a TorchScript archive and convert it along ``example``."""
     try:
-        with _quiet():
+        with quiet():
             script = torch.jit.load(str(path), map_location="cpu")
     except Exception as error:
         raise LoadError(
@@ -123,7 +122,7 @@ def _from_torchscript(script: torch.jit.ScriptModule, example: Any, name: str) -
             "line)."
         )
     inputs = tuple(example) if isinstance(example, tuple | list) else (example,)
-    with _quiet():
+    with quiet():
         return module_of(script, inputs, name)
 
 
@@ -143,7 +142,7 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _unpickle(path: Path, kind: Kind, trust: bool) -> Any:
     """Read what ``torch.save`` or ``pickle`` wrote: tensors and plain containers only, anything with ``trust``."""
     try:
-        with _quiet(), _current_folder():
+        with quiet(), _current_folder():
             if not trust and kind is Kind.CHECKPOINT:
                 return torch.load(path, map_location="cpu", weights_only=True)
             if trust and kind is Kind.CHECKPOINT:
@@ -304,16 +303,3 @@ def _tensors_only(active: bool) -> Iterator[None]:
             del os.environ[name]
         elif before is not None:
             os.environ[name] = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch neither warns nor logs: what matters is raised as an error of ours."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)

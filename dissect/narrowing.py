@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dissect.contract import Contract
+from dissect.restacking import constant, drop_unread
 
 __all__ = ["Form", "forms_of", "narrowed"]
 
@@ -104,9 +105,7 @@ def narrowed(graph: ir.Graph, contract: Contract, forms: Mapping[str, Form]) -> 
         if cache.input in forms:
             index = next(at for at, value in enumerate(graph.outputs) if value.name == cache.output)
             graph.outputs[index] = _give(graph, graph.outputs[index], cache.output, forms[cache.input])
-    for node in reversed(list(graph)):
-        if not any(list(value.uses()) or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
+    drop_unread(graph)
     caches = tuple(
         replace(cache, dtype=forms[cache.input].dtype, scale=forms[cache.input].scale, zero_point=0)
         if cache.input in forms
@@ -163,8 +162,6 @@ def _parameters(graph: ir.Graph, form: Form) -> list[ir.Value]:
     for part, array in (("scale", np.float32(form.scale)), ("zero", np.zeros((), form.dtype))):
         name = f"{sorted(form.tensors)[0]}_{part}"
         if name not in graph.initializers:
-            value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array), name=name))
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(())  # type: ignore[union-attr]
-            graph.register_initializer(value)
+            constant(graph, np.asarray(array), name)
         made.append(graph.initializers[name])
     return made

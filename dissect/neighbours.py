@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from dissect.capturing import Captured
+from dissect.unwrapping import derived
 
 __all__ = ["neighbours"]
 
@@ -123,7 +124,4 @@ def fixed(value: Any) -> Tensor | None:
 
 
 def _new(node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    made = node.graph.create_node("call_function", target, args, name=f"{node.name}_of_neighbours")
-    value = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
-    made.meta = {**node.meta, "val": value}
-    return made
+    return derived(node, target, args, "of_neighbours")

@@ -19,7 +19,9 @@ from dissect.contract import Contract
 from dissect.sessions import Provider, fingerprint, loaded, open_session
 from dissect.wire import metadata, prune
 
-__all__ = ["StepModel", "open_step"]
+__all__ = ["NO_FLUSH", "StepModel", "open_step"]
+
+NO_FLUSH = "This model was exported without a flush, so the outputs that are still inside the stream are lost."
 
 
 @dataclass(frozen=True)

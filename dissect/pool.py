@@ -31,7 +31,7 @@ from dissect.batching import Batching, calibrated
 from dissect.binding import Table
 from dissect.contract import InputSpec
 from dissect.errors import StreamError
-from dissect.opening import open_step
+from dissect.opening import NO_FLUSH, open_step
 from dissect.serving import Progress, Server, Work
 from dissect.sessions import Home, Provider
 from dissect.tensors import Tensor, checked
@@ -78,7 +78,7 @@ class PoolStream:
         contract = self._pool._contract
         if contract.role("length") is None and contract.delay > 0:
             warnings.warn(
-                "This model was exported without a flush, so the outputs that are still inside the stream are lost.",
+                NO_FLUSH,
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -10,12 +10,9 @@ would add up. numpy, onnx and ONNX Runtime alone; torch is not imported.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,10 +23,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from dissect.beside import beside
 from dissect.calibrating import Frames, gives, steps, streams_of
 from dissect.contract import Contract
 from dissect.errors import ExportError, StreamError
 from dissect.narrowing import Form, forms_of, narrowed
+from dissect.quiet import quiet
 from dissect.restacking import restack
 from dissect.runner import Runner
 
@@ -106,12 +105,13 @@ def quantize(
         raise StreamError("There is nothing to calibrate with: give videos or clips.")
     step = ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
     restack(step)
+    whole = _bytes(step)
     before = _Observed(contract)
-    for time, _, results in steps(_bytes(step), contract, held):
+    for time, _, results in steps(whole, contract, held):
         before.see(time, results)
     forms = forms_of(step.graph, contract, before.ranges)
     with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
-        done = _quantized(step, contract, held, forms, _kept(step.graph, keep), reduce_range, Path(folder))
+        done = _quantized(whole, contract, held, forms, _kept(step.graph, keep), reduce_range, Path(folder))
     layers = sum(_weighted(node) and not _is_float(node) for node in done.graph)
     new = narrowed(done.graph, contract, forms)
     done.metadata_props.update(new.to_metadata())
@@ -119,9 +119,9 @@ def quantize(
     after = _Observed(new)
     for time, _, results in steps(written, new, held):
         after.see(time, results)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
-        (Path(beside) / target.name).write_bytes(written)
-        os.replace(Path(beside) / target.name, target)
+    with beside(target) as partial:
+        partial.write_bytes(written)
+        os.replace(partial, target)
     weighted = sum(_weighted(node) for node in step.graph)
     return _compared(before, after, held, contract, layers, weighted, new.cache_bytes)
 
@@ -144,7 +144,7 @@ class _Observed:
 
 
 def _quantized(
-    step: ir.Model,
+    step: bytes,
     contract: Contract,
     streams: Sequence[Sequence[Frames]],
     forms: Mapping[str, Form],
@@ -159,7 +159,7 @@ def _quantized(
         """What goes into the model, step by step."""
 
         def __init__(self) -> None:
-            self.feeds = (feed for _, feed, _ in steps(_bytes(step), contract, streams))
+            self.feeds = (feed for _, feed, _ in steps(step, contract, streams))
 
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self.feeds, None)
@@ -176,8 +176,8 @@ def _quantized(
         for form in forms.values()
         for name in form.tensors
     }
-    (folder / "step.onnx").write_bytes(_bytes(step))
-    with _quiet():
+    (folder / "step.onnx").write_bytes(step)
+    with quiet():
         quantize_static(
             folder / "step.onnx",
             folder / "quantized.onnx",
@@ -280,16 +280,3 @@ def _compared(
 
 def _bytes(model: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(model).SerializeToString())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without ONNX Runtime's advice to run other tools first: an exported step needs none of them."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -8,13 +8,12 @@ every batch is normalised by its own statistics meanwhile. No other number of th
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dissect.checkpoints import Checkpoint
+from dissect.checkpoints import Checkpoint, Saver
 from dissect.clips import Clips
 from dissect.errors import ClipError
 from dissect.learning import placed
@@ -56,13 +55,13 @@ def recalibrate(
     if not norms:
         raise ClipError("this network has no batch norm with running statistics: there is nothing to recalibrate")
     source = Clips(stream, clips, batch=batch)
-    saver = Checkpoint.of(checkpoint, stream, "recalibrate", batch=batch)
+    checkpointed = Checkpoint.of(checkpoint, stream, "recalibrate", batch=batch)
     done, seen = 0, 0
-    if (saved := saver.load()) is not None:
+    if (saved := checkpointed.load()) is not None:
         done, seen = saved["done"], saved["seen"]
         stream.clip.load_state_dict(saved["weights"])
     momenta = [module.momentum for _, module in norms]
-    written = time.monotonic()
+    saver = Saver(checkpointed, every, lambda: {"done": done, "seen": seen, "weights": stream.clip.state_dict()})
     try:
         with placed(stream, device) as where, torch.no_grad(), Bar("recalibrating", len(source), progress) as bar:
             bar.start(done)
@@ -75,10 +74,8 @@ def recalibrate(
                     module.momentum = count / seen  # type: ignore[assignment]
                 stream.clip(*taken.to(where).inputs)
                 bar.advance()
-                if saver.path is not None and time.monotonic() - written >= every:
-                    saver.save({"done": done, "seen": seen, "weights": stream.clip.state_dict()})
-                    written = time.monotonic()
-            saver.save({"done": done, "seen": seen, "weights": stream.clip.state_dict()})
+                saver.tick()
+            saver.save()
     finally:
         for (_, module), momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect import oracle
 from dissect.advancing import Advance
 from dissect.centring import named_centres
-from dissect.checkpoints import Checkpoint
+from dissect.checkpoints import Checkpoint, Saver
 from dissect.clips import Batch, Clips
 from dissect.convolution import FrameConv
 from dissect.errors import ClipError, PlanError
@@ -71,13 +70,13 @@ def reconstruct(
     if len(shapes := {_shapes(taken) for taken in batches}) > 1:
         one, two = sorted(shapes)[:2]
         raise ClipError(f"clips for reconstruct are of one shape, not {one} and {two}: cut them to one length")
-    saver = Checkpoint.of(checkpoint, stream, "reconstruct", ridge=ridge, clips=len(batches))
+    checkpointed = Checkpoint.of(checkpoint, stream, "reconstruct", ridge=ridge, clips=len(batches))
     done: list[str] = []
-    if (saved := saver.load()) is not None:
+    if (saved := checkpointed.load()) is not None:
         done = list(saved["done"])
         stream.clip.load_state_dict(saved["weights"])
     layers = _layers(stream)
-    written = time.monotonic()
+    saver = Saver(checkpointed, every, lambda: {"done": done, "weights": stream.clip.state_dict()})
     with placed(stream, device) as where, torch.no_grad(), Bar("reconstructing", len(layers), progress) as bar:
         batches = [taken.to(where) for taken in batches]
         bar.start(len(done))
@@ -106,10 +105,8 @@ def reconstruct(
             if _rebuilt(layer, node, places[name], value, centres[name], frames, new, old, free, ridge):
                 done.append(str(node.target))
             bar.advance(str(node.target))
-            if saver.path is not None and time.monotonic() - written >= every:
-                saver.save({"done": done, "weights": stream.clip.state_dict()})
-                written = time.monotonic()
-        saver.save({"done": done, "weights": stream.clip.state_dict()})
+            saver.tick()
+        saver.save()
     return stream
 
 

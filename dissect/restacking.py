@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["restack"]
+__all__ = ["constant", "drop_unread", "restack"]
 
 _SAME = ("strides", "pads", "dilations", "group", "auto_pad")
 
@@ -72,7 +72,7 @@ def _unappend(graph: ir.Graph, node: ir.Node) -> None:
     weight = _weight(next(maker for maker in makers.values() if maker is not None))
     assert weight is not None
     widths = np.array([0, 0, 0, 0, 0, len(weight) * len(rest), 0, 0], np.int64)
-    pads = _constant(graph, widths, f"{node.outputs[0].name}_pads")
+    pads = constant(graph, widths, f"{node.outputs[0].name}_pads")
     _replace(graph, node, ir.node("Pad", [first, pads]))
 
 
@@ -131,9 +131,9 @@ def _stacked(graph: ir.Graph, before: ir.Node, parts: list[ir.Value]) -> ir.Valu
     biases = [bias for maker in makers if (bias := _weight(maker, 2)) is not None]
     concat = ir.node("Concat", [_input(maker) for maker in makers], {"axis": 1})
     concat.outputs[0].name = f"{name}_frames"
-    inputs = [concat.outputs[0], _constant(graph, np.concatenate(weights, 1), f"{layer}.weight")]
+    inputs = [concat.outputs[0], constant(graph, np.concatenate(weights, 1), f"{layer}.weight")]
     if biases:
-        inputs.append(_constant(graph, np.sum(biases, 0), f"{layer}.summed_bias"))
+        inputs.append(constant(graph, np.sum(biases, 0), f"{layer}.summed_bias"))
     conv = ir.node("Conv", inputs, dict(makers[0].attributes))
     conv.outputs[0].name = f"{name}_stacked"
     graph.insert_before(before, [concat, conv])
@@ -145,7 +145,8 @@ def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
     return value
 
 
-def _constant(graph: ir.Graph, array: NDArray[np.generic], name: str) -> ir.Value:
+def constant(graph: ir.Graph, array: NDArray[np.generic], name: str) -> ir.Value:
+    """A new constant of the graph."""
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)  # type: ignore[union-attr]
     graph.register_initializer(value)
@@ -168,9 +169,14 @@ def _replace_value(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 
 
 def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if not any(list(value.uses()) or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
+    drop_unread(graph)
     for name, value in list(graph.initializers.items()):
         if not list(value.uses()):
             graph.initializers.pop(name)
+
+
+def drop_unread(graph: ir.Graph) -> None:
+    """Remove the nodes whose results nobody reads, in place."""
+    for node in reversed(list(graph)):
+        if not any(list(value.uses()) or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)

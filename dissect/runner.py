@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dissect.binding import BoundStep
 from dissect.contract import CacheSpec, InputSpec, OutputSpec, pack
 from dissect.errors import StreamError
-from dissect.opening import open_step
+from dissect.opening import NO_FLUSH, open_step
 from dissect.sessions import Provider
 from dissect.tensors import checked
 
@@ -292,7 +292,7 @@ class Runner:
         age, length = self._contract.role("age"), self._contract.role("length")
         if age is None or length is None:
             warnings.warn(
-                "This model was exported without a flush, so the outputs that are still inside the stream are lost.",
+                NO_FLUSH,
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -22,6 +22,7 @@ from dissect.forms import Cache
 from dissect.holding import Taps
 from dissect.lowering import LoweredConv
 from dissect.primitives import History, Known, Tap, WindowReduce
+from dissect.stepgraph import held, layer_of, put
 from dissect.windows import Gather
 
 __all__ = ["Joined", "Slots", "slotted"]
@@ -90,13 +91,11 @@ def slotted(module: fx.GraphModule, caches: Sequence[Cache]) -> tuple[Cache, ...
     ``caches`` are those of ``module``'s last arguments and results, in order.
     """
     graph = module.graph
-    given = [node for node in graph.nodes if node.op == "placeholder"]
-    held = given[len(given) - len(caches) :]
     (results,) = (node for node in graph.nodes if node.op == "output")
     outputs = len(results.args[0]) - len(caches)
     made: list[Any] = list(results.args[0][:outputs])
     kept: list[Cache] = []
-    for cache, argument, new in zip(caches, held, results.args[0][outputs:], strict=True):
+    for (argument, cache), new in zip(held(graph, caches).items(), results.args[0][outputs:], strict=True):
         node = _history(module, argument)
         if node is None:
             kept.append(cache)
@@ -105,11 +104,11 @@ def slotted(module: fx.GraphModule, caches: Sequence[Cache]) -> tuple[Cache, ...
         history = module.get_submodule(str(node.target))
         assert isinstance(history, History)
         if history.depth > 1 and prod(history.frame) < WORTH:
-            _put(module, str(node.target), JoinedHistory())
+            put(module, str(node.target), JoinedHistory())
             kept.append(cache)
             made.append(new)
             continue
-        _put(module, str(node.target), SlotHistory())
+        put(module, str(node.target), SlotHistory())
         frame = (cache.spec.shape[0] // history.depth, *cache.spec.shape[1:])
         with graph.inserting_before(argument):
             slots = tuple(graph.placeholder(f"{argument.name}_{age}") for age in range(history.depth, 0, -1))
@@ -132,19 +131,10 @@ def named(caches: Sequence[Cache]) -> tuple[Cache, ...]:
 def _history(module: fx.GraphModule, argument: fx.Node) -> fx.Node | None:
     """The history that reads a cache, if all its own readers take what a :class:`Known` gives."""
     (node, *others) = argument.users
-    if others or node.op != "call_module" or type(module.get_submodule(str(node.target))) is not History:
+    if others or type(layer_of(module, node)) is not History:
         return None
     known = [user for user in node.users if user.args[1] == 0]
     readers = [reader for read in known for reader in read.users]
-    if all(reader.op == "call_module" and isinstance(_layer(module, reader), _READERS) for reader in readers):
+    if all(isinstance(layer_of(module, reader), _READERS) for reader in readers):
         return node
     return None
-
-
-def _layer(module: fx.GraphModule, node: fx.Node) -> nn.Module:
-    return module.get_submodule(str(node.target))
-
-
-def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
-    owner, _, leaf = path.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, layer)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from dissect.converters.adaptive import adaptive_space
 from dissect.lowering import Affine, LoweredConv
+from dissect.stepgraph import REDUCTIONS
 from dissect.windows import filled, share
 
 __all__ = ["Drop", "Squeeze", "shapes_of", "squeeze"]
@@ -27,7 +28,6 @@ RANK = 4
 _ELEMENTWISE = {torch.mul, torch.div, torch.add, torch.sub}
 _PARTS = {torch.ops.aten.slice.Tensor, torch.narrow}
 _NORMALISED = {torch.softmax, torch.log_softmax}
-_REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin}
 MERGED = -1  # in a Drop: the last two dimensions are one
 Drop = tuple[int, ...]
 
@@ -147,7 +147,7 @@ class Squeeze:
             return self.part(node, node.args[1])
         if node.target is torch.select and isinstance(node.args[1], int):
             return self.selected(node, node.args[1])
-        if node.target in _REDUCTIONS and len(node.args) > 2:
+        if node.target in REDUCTIONS and len(node.args) > 2:
             return self.reduced(node)
         if node.target is adaptive_space:
             return self.adaptive(node)

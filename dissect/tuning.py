@@ -23,6 +23,7 @@ from dissect.lowering import LoweredConv
 from dissect.primitives import Tap
 from dissect.slots import slotted
 from dissect.squeezing import shapes_of
+from dissect.stepgraph import layer_of
 from dissect.widening import MULTIPLE, widen
 
 __all__ = ["Tuned", "tune"]
@@ -145,7 +146,7 @@ def onto(module: fx.GraphModule, shapes: Shapes) -> None:
             layer = module.get_submodule(str(conv.target))
             channels = shapes[other][1]
             with module.graph.inserting_before(node):
-                if isinstance(_layer(module, other), Tap) and channels % MULTIPLE == 0:
+                if isinstance(layer_of(module, other), Tap) and channels % MULTIPLE == 0:
                     path = f"passage_{node.name}"
                     module.add_submodule(path, Passage(channels, _dtype(module)))
                     node.replace_all_uses_with(module.graph.call_module(path, (other, conv)))
@@ -157,7 +158,7 @@ def onto(module: fx.GraphModule, shapes: Shapes) -> None:
 
 def _fuses(module: fx.GraphModule, conv: object, other: object, shapes: Shapes) -> bool:
     """Whether a sum of the two is one that ONNX Runtime can fuse into the convolution."""
-    layer = _layer(module, conv)
+    layer = layer_of(module, conv)
     if not isinstance(conv, fx.Node) or not isinstance(layer, LoweredConv) or not isinstance(other, fx.Node):
         return False
     if layer.conv.dims != 2 or len(conv.users) > 1 or len(conv.args) > 1:
@@ -167,9 +168,3 @@ def _fuses(module: fx.GraphModule, conv: object, other: object, shapes: Shapes) 
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-
-
-def _layer(module: fx.GraphModule, node: object) -> nn.Module | None:
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    return module.get_submodule(str(node.target))

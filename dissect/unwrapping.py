@@ -14,7 +14,7 @@ from torch import fx
 
 from dissect.capturing import Captured
 
-__all__ = ["unwrapped"]
+__all__ = ["derived", "unwrapped"]
 
 aten = torch.ops.aten
 
@@ -87,14 +87,15 @@ def _written(node: fx.Node, roll: fx.Node) -> None:
         return
     with node.graph.inserting_before(node):
         if node.target is aten.select_scatter.default:
-            given = _new(node, aten.unsqueeze.default, (given, dim), given.meta["val"].unsqueeze(dim))
+            given = derived(node, aten.unsqueeze.default, (given, dim), "unrolled")
         rest = (0, size - shift) if first == 0 else (size - shift, size)
-        kept = _new(node, aten.slice.Tensor, (x, dim, *rest, 1), x.meta["val"].narrow(dim, rest[0], rest[1] - rest[0]))
+        kept = derived(node, aten.slice.Tensor, (x, dim, *rest, 1), "unrolled")
     node.target = aten.cat.default
     node.args = ([given, kept] if first == 0 else [kept, given], dim)
 
 
-def _new(node: fx.Node, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
-    made = node.graph.create_node("call_function", target, args, name=f"{node.name}_unrolled")
-    made.meta = {**node.meta, "val": value}
+def derived(node: fx.Node, target: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
+    """A new operator of a captured graph that helps to say what ``node`` says, at the same place of the user's code."""
+    made = node.graph.create_node("call_function", target, args, name=f"{node.name}_{suffix}")
+    made.meta = {**node.meta, "val": target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))}
     return made

@@ -80,6 +80,11 @@ class Output:
     literal: Any = None
     own: Axes | None = None
 
+    @property
+    def moves(self) -> bool:
+        """Whether it depends on the clip; a step model has no other outputs."""
+        return self.value is not None and not self.value.constant
+
 
 @dataclass(frozen=True)
 class Dissected:

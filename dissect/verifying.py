@@ -421,17 +421,16 @@ class _Verifier:
         """
         from dissect.runner import Runner
 
-        runner = Runner(path, providers=["CPUExecutionProvider"])
+        pair, batch = "step form = ONNX Runtime", 2
+        runner = Runner(path, batch=batch, providers=["CPUExecutionProvider"])
         other = self.another(runner)
         if other:
-            self.rows.append(Check("step form = ONNX Runtime", path.name, None, None, False, other))
+            self.rows.append(Check(pair, path.name, None, None, False, other))
             return
         if runner.period > 1:
             self.drive_native(path)
             return
-        pair, tolerance = "step form = ONNX Runtime", 1e-3 if self.tolerance < 1e-4 else 1e-4
-        timing, batch = self.stream.timing, 2
-        runner = Runner(path, batch=batch, providers=["CPUExecutionProvider"])
+        tolerance, timing = 1e-3 if self.tolerance < 1e-4 else 1e-4, self.stream.timing
         held = {cache.dtype for cache in runner.caches if cache.role == "cache"}
         tolerance, note = _narrow(held, tolerance)
         clocked = any(cache.spec.role == "age" for cache in self.stream.cache_list)

@@ -23,6 +23,7 @@ from dissect.converters.pooling import spaced
 from dissect.forms import Cache
 from dissect.lowering import Affine, LoweredConv
 from dissect.primitives import Gate, History, Tap, WindowReduce
+from dissect.stepgraph import REDUCTIONS, held, layer_of
 
 __all__ = ["widen"]
 
@@ -50,7 +51,6 @@ _SAFE = {  # elementwise, and finite at zero
     torch.add,
     torch.sub,
 }
-_REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin}
 _TIED = (Gate, Tap, WindowReduce, History, Affine)
 
 
@@ -95,8 +95,7 @@ class _Widening:
         self, module: fx.GraphModule, caches: Sequence[Cache], shapes: Mapping[fx.Node, tuple[int, ...]]
     ) -> None:
         self.module, self.caches, self.shapes = module, caches, shapes
-        given = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.held = dict(zip(given[len(given) - len(caches) :], caches, strict=True))
+        self.held = held(module.graph, caches)
         self.classes = _Classes()
         #: for each class, the channels that some convolution would like to have more of
         self.wanted: list[tuple[Any, int]] = []
@@ -108,7 +107,7 @@ class _Widening:
         return shape[1] if len(shape) > 1 else None
 
     def relate(self, node: fx.Node) -> None:
-        layer = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = layer_of(self.module, node)
         if node.op == "placeholder":
             if node not in self.held:
                 self.classes.fix(node)
@@ -180,7 +179,7 @@ class _Widening:
         (source,) = sources if len(sources) == 1 else (None,)
         if source is None or len(self.shapes[source]) < 2 or self.shapes[source][1] != shape[1]:
             return False
-        if node.target in _REDUCTIONS:
+        if node.target in REDUCTIONS:
             dims = node.args[1] if len(node.args) > 1 else None
             rank = len(self.shapes[source])
             return isinstance(dims, (list, tuple)) and all(int(dim) % rank > 1 for dim in dims)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dissect import benchmarking
+from dissect.beside import beside
 from dissect.errors import CaptureError, DissectError, ExportError, PlanError
 from dissect.parameters import Shape, merged
 from dissect.playing import read_labels
@@ -118,12 +119,8 @@ def stream_of(work: Work, given: Mapping[str, Any]) -> Stream:
         if given["shapes"] or not isinstance(work.network, nn.Module) or "an example of" not in str(error):
             raise
         raise CaptureError(
-            f"{error}. The example was {_told(_CLIP)}, the default: give the network's own as --input."
+            f"{error}. The example was {'x'.join(map(str, _CLIP))}, the default: give the network's own as --input."
         ) from error
-
-
-def _told(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _layouts(given: Sequence[str]) -> str | tuple[str | None, ...] | None:
@@ -205,8 +202,8 @@ def written(stream: Stream, path: Path, given: Mapping[str, Any]) -> Iterator[tu
         yield file, agreement
         # The weights of a model past 2 GB lie in a file of their own, which must be there first.
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
-            with tempfile.TemporaryDirectory(prefix=f".{part.name}.", dir=path.parent) as beside:
-                os.replace(shutil.copyfile(part, Path(beside) / part.name), path.parent / part.name)
+            with beside(path.parent / part.name) as copy:
+                os.replace(shutil.copyfile(part, copy), path.parent / part.name)
 
 
 def agreement_in_words(agreement: Agreement) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from random_networks import scrambled
+from step_models import allocated
 from test_cadence import Net
 
 import dissect
@@ -246,15 +246,4 @@ def test_a_step_allocates_nothing(model: Path) -> None:
     frame = clip(1)[:, :, 0]
     for _ in range(3 * run.period):
         run.step(frame, copy=False)
-    peaks = []
-    tracemalloc.start()
-    try:
-        for _ in range(5):  # of several rounds the best: other threads and the collector allocate when they like
-            tracemalloc.reset_peak()
-            before = tracemalloc.get_traced_memory()[0]
-            for _ in range(4 * run.period):
-                run.step(frame, copy=False)
-            peaks.append(tracemalloc.get_traced_memory()[1] - before)
-    finally:
-        tracemalloc.stop()
-    assert min(peaks) < 4096
+    assert allocated(run, frame, 4 * run.period) < 4096
