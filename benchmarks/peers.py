@@ -71,14 +71,18 @@ def same(theirs: Any, network: Any, ours: list[Any], frames: Tensor, warm: int) 
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
 
 
-def onnx_step(theirs: Any, frame: Tensor, threads: int) -> Call | str:
-    """A call of its exported step, or why there is none."""
+def onnx_step(theirs: Any, frame: Tensor, threads: int, frames: int) -> Call | str:
+    """A call of its exported step, or why there is none; after ``frames`` frames it should have an output."""
     import continual as co
 
     wrapper, state, out = co.onnx.OnnxWrapper(theirs), None, None
     with torch.no_grad():
-        while not isinstance(out, Tensor):  # its export wants values for all that it keeps
+        for _ in range(frames):  # its export wants values for all that it keeps
             out, state = theirs._forward_step(frame, state)
+            if isinstance(out, Tensor):
+                break
+        else:
+            return f"with its state handed in it gives no output in {frames} frames"
     kept = leaves(state, theirs._state_shape)
     names = ["input", *wrapper.state_input_names]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -91,7 +95,7 @@ def onnx_step(theirs: Any, frame: Tensor, threads: int) -> Call | str:
             )
             session = open_session(file, "cpu", threads)
             feed = {
-                entry.name: dict(zip(names, (frame, *kept), strict=True))[entry.name].numpy()
+                entry.name: dict(zip(names, (frame, *kept), strict=True))[entry.name].detach().numpy()
                 for entry in session.get_inputs()
             }
             results = session.run(None, feed)
@@ -155,7 +159,7 @@ def main() -> None:
 
         calls = {"ours": several(step_of(runner)), "theirs": several(eager)}
         kept = cache_bytes(theirs)
-        exported = onnx_step(theirs, frame, options.threads)
+        exported = onnx_step(theirs, frame, options.threads, count)
         if not isinstance(exported, str):
             calls["their ONNX"] = several(exported)
         times = paired(calls, seconds=options.seconds, clock=options.clock)

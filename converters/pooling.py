@@ -61,13 +61,13 @@ def avg_pool(
 ) -> Value:
     def space(dims: int, pick: Any) -> tuple[Any, dict[str, Any]]:
         size, step, pads, _ = (pick(setting) for setting in settings)
-        extra = {"divisor_override": 1} if divisor_override and dims > 1 else {}
+        extra: dict[str, Any] = {"divisor_override": 1} if divisor_override and dims > 1 else {}
         return f"avg_pool{dims}d", {
             "kernel_size": size,
             "stride": step,
             "padding": pads,
             "ceil_mode": ceil_mode,
-            "count_include_pad": count_include_pad,
+            "count_include_pad": count_include_pad or bool(divisor_override),
             **extra,
         }
 
@@ -112,6 +112,11 @@ def pool(
         return tuple(values[at] for at in inner)
 
     trivial = all((kernel[at], stride[at], padding[at]) == (1, 1, 0) for at in inner)
+    scale = divisor or 1.0
+    if divisor and not trivial and len(inner) == 1:  # there is no divisor for a pool over one dimension
+        if ceil_mode:
+            raise Refused("a pool over one dimension of space with divisor_override and ceil_mode")
+        scale = divisor / kernel[inner[0]]
     y = x
     frame_axes = axes if time is None else axes.replace(channels + time, x.axes[channels + time])
     if not trivial:
@@ -120,12 +125,9 @@ def pool(
         lead = len(x.axes.frame) - len(inner)
         y = ctx.call(spaced, (x, target, lead, options), frame_axes, clock, x.dtype)
     if time is None:
-        if divisor:
-            raise Refused("divisor_override in a pool without a time axis")
-        return y
+        return ctx.call(torch.div, (y, scale), axes, y.timing, y.dtype) if divisor else y
     size, step, pad, gap = kernel[time], stride[time], padding[time], dilation[time]
     positions = x.axes[channels + time].size
-    scale = divisor or 1.0
     if size == positions and pad == 0 and gap == 1 and size > 1 and not (step == size and grows(ctx.node)):
         total = pool_time(ctx, y, "sum" if divisor else kind, axes)
         total = ctx.reframe(total, axes.replace(channels + time, plain_axis(1)))

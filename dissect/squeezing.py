@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dissect.converters.adaptive import adaptive_space
+from dissect.converters.pooling import spaced
 from dissect.lowering import Affine, LoweredConv
 from dissect.stepgraph import REDUCTIONS
 from dissect.windows import filled, share
@@ -151,6 +152,8 @@ class Squeeze:
             return self.reduced(node)
         if node.target is adaptive_space:
             return self.adaptive(node)
+        if node.target is spaced:
+            return self.pooled(node)
         return None
 
     def copied(self, node: fx.Node, drop: Drop) -> Drop:
@@ -293,4 +296,24 @@ class Squeeze:
         if any(self.shapes[node][dim] != 1 for dim in drop) or not left:
             return None
         self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))
+        return drop
+
+    def pooled(self, node: fx.Node) -> Drop | None:
+        """A pool in space without the dimensions of one position that its window leaves alone."""
+        source, name, lead, options = node.args
+        if not isinstance(source, fx.Node) or not isinstance(lead, int) or not isinstance(options, dict):
+            return None
+        before, after = self.shapes[source], self.shapes[node]
+        sizes, pads = options["kernel_size"], options["padding"]
+        alone = [at for at, size in enumerate(sizes) if size == 1 and pads[at] == 0]
+        drop = self.dropped(before, [at for at in (lead + 1 + at for at in alone) if before[at] == after[at] == 1])
+        left = [at for at in range(len(sizes)) if lead + 1 + at not in (drop or ())]
+        if drop is None or not left or ("divisor_override" in options and len(left) == 1):
+            return None
+        picked = {
+            key: tuple(value[at] for at in left) if isinstance(value, tuple) else value
+            for key, value in options.items()
+        }
+        target = f"{str(name)[:-2]}{len(left)}d"
+        self.made[node] = self.graph.call_function(spaced, (self.of(source, drop), target, lead, picked))
         return drop

@@ -236,6 +236,9 @@ POOLS = {
     "a maximum that rounds up": nn.MaxPool3d((3, 1, 1), (2, 1, 1), ceil_mode=True),
     "a mean that rounds up": nn.AvgPool3d((3, 1, 1), (2, 1, 1), (1, 0, 0), ceil_mode=True),
     "a mean with a divisor": nn.AvgPool3d((3, 1, 1), (2, 1, 1), divisor_override=2),
+    "a mean of frames with a divisor": nn.AvgPool3d(
+        (1, 2, 2), 1, (0, 1, 0), count_include_pad=False, divisor_override=3
+    ),
 }
 
 

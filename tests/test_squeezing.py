@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import Ranks, close, leaves
 from torch import Tensor, nn
 
@@ -35,6 +36,12 @@ CASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "one position, dilated": lambda net, x: net.spread(x.mean(2, keepdim=True)).mean((2, 3, 4)),
     "one position, selected": lambda net, x: net.small(x.mean(2, keepdim=True))[:, :, 0].amax((2, 3)),
     "one position, rows": lambda net, x: net.small(x.mean(2, keepdim=True)).mean(3),
+    "one position, pooled": lambda net, x: (
+        F.avg_pool3d(x.mean(2, keepdim=True), (1, 2, 2), (1, 1, 2)) + net.small(x.amax((2, 3, 4), keepdim=True))
+    ).square(),
+    "one position, largest": lambda net, x: F.max_pool3d(x.mean(2, keepdim=True), (1, 3, 2), 1, (0, 1, 1)).relu(),
+    "one position, rows pooled": lambda net, x: F.avg_pool3d(x.mean((2, 4), keepdim=True), (1, 2, 1), 1).square(),
+    "one position, divided": lambda net, x: F.avg_pool3d(x.mean(2, keepdim=True), (1, 2, 2), 1, 0, False, True, 3),
     "window of maps": lambda net, x: (x * net.small(x.mean((2, 3, 4), keepdim=True)).sigmoid()).mean((2, 3, 4)),
     "window, by rows": lambda net, x: (x - x.mean((2, 4), keepdim=True)).abs().mean((2, 3, 4)),
     "window, kept": lambda net, x: (x - x.mean((2, 3, 4), keepdim=True)).square().mean((2, 3, 4), keepdim=True),

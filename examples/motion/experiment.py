@@ -110,24 +110,22 @@ def reconstructed(lab: Lab, **options: Any) -> dict[str, float]:
     return lab.scored(stream)
 
 
-def distilled(name: str, on: str | None = None, **options: Any) -> Callable[[Lab], dict[str, float]]:
-    """A stage: reconstructed, and then taught by the clip network on unlabelled clips; or what stage ``on`` left, twice as long."""
+def distilled(name: str, **options: Any) -> Callable[[Lab], dict[str, float]]:
+    """A stage: reconstructed, and then taught by the clip network on unlabelled clips."""
 
     def stage(lab: Lab) -> dict[str, float]:
         model, scale = lab.model(), lab.scale
-        steps = scale.distil_steps * (1 if on is None else 2)
         if options:
             stream = dissect.reconstruct(lab.cut(model, **options), model, lab.unlabelled(), progress=False)
         else:
-            before = on or "reconstructed"
-            done(lab, before)
-            stream = lab.learnt(before)
-        clips = Videos(steps * scale.distil_batch, scale.distil_frames, seed=(200 if on is None else 600) + lab.seed)
+            done(lab, "reconstructed")
+            stream = lab.learnt("reconstructed")
+        clips = Videos(scale.distil_steps * scale.distil_batch, scale.distil_frames, seed=200 + lab.seed)
         dissect.distil(
             stream,
             model,
             clips,
-            steps=steps,
+            steps=scale.distil_steps,
             batch=scale.distil_batch,
             lr=3e-3,
             windows=scale.distil_windows,
@@ -200,7 +198,6 @@ STAGES: dict[str, Callable[[Lab], Any]] = {
     "recalibrated": recalibrated,
     "reconstructed": reconstructed,
     "distilled": distilled("distilled"),
-    "distilled-on": distilled("distilled-on", on="distilled"),
     "distilled-none": distilled("distilled-none", skip="none"),
     "distilled-sum": distilled("distilled-sum", skip="sum"),
     "scratch": scratch,

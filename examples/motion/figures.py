@@ -17,7 +17,6 @@ ROWS = (  # name in the table, stage, part of its result, costs
     ("d3d, recalibrated", "recalibrated", None, "d3d"),
     ("d3d, reconstructed", "reconstructed", None, "d3d"),
     ("d3d, distilled", "distilled", None, "d3d"),
-    ("d3d, distilled three times as long", "distilled-on", None, "d3d"),
     ("d3d, fine-tuned with labels", "fine-tuned", None, "d3d"),
     ("d3d, trained from scratch with labels", "scratch", None, "d3d"),
     ("d3d, distilled, skip sum", "distilled-sum", None, "d3d, skip sum"),

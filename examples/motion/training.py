@@ -30,7 +30,7 @@ class Scale:
 
     steps: int = 1600
     batch: int = 32
-    distil_steps: int = 800
+    distil_steps: int = 1600
     distil_batch: int = 16
     distil_frames: int = 24
     distil_windows: int = 2
