@@ -1,6 +1,6 @@
-"""A step model's buffers, bound once: the frame, the caches in two sets in turn, the outputs.
+"""A step model's buffers, bound once: the frame, the caches in several buffers in turn, the outputs.
 
-A step reads one set of caches and writes the other, then the sets change places; no cache is ever read from and
+A step reads a cache from one buffer and writes the next of its ring (:mod:`dissect.rings`); no cache is ever read from and
 written to one buffer, which ONNX Runtime accepts and gets wrong where a reader comes after the writer. On a CPU
 every buffer is a numpy array that ONNX Runtime reads and writes in place. On a device the caches stay there: only
 frames go up and outputs come down.
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dissect.errors import StreamError
 from dissect.opening import StepModel
+from dissect.rings import Rings
 from dissect.sessions import Home, first_line, home_of
 from dissect.tensors import Tensor, read_only
 
@@ -34,25 +35,31 @@ _DTYPES = {
 
 
 class Table:
-    """The caches of ``rows`` streams in two sets, and buffers for ``batch`` of them that step together, without clocks.
+    """The caches of ``rows`` streams, and buffers for ``batch`` of them that step together, without clocks.
 
-    A *turn* says in which set each cache of a stream is: it counts the stream's steps, and repeats after two periods of
-    the model. Rows that step together lie side by side and are at one turn; after :meth:`run` they are at the next.
+    A *turn* says in which buffer each cache of a stream is: it counts the stream's steps, and repeats after ``turns`` of
+    them. Rows that step together lie side by side and are at one turn; after :meth:`run` they are at the next.
     """
 
     def __init__(self, model: StepModel, rows: int, batch: int) -> None:
         self.model, self.rows, self.batch = model, rows, batch
         contract = self.contract = model.contract
         self.home = home_of(model.sessions[0])
-        self.turns = 2 * contract.period
+        self._rings = Rings(contract.caches, model.moved, contract.period)
+        self.turns = self._rings.turns
         declared, size = _declared(model)
         for spec in contract.inputs:
             if spec.name in size:
                 _check_batch(spec.name, size[spec.name], batch)
         self.frames = [Tensor(_sized(spec.shape, batch), spec.dtype, self.home) for spec in contract.inputs]
-        self.sets = [
-            [Tensor(_sized(spec.shape, rows), spec.dtype, self.home) for spec in contract.caches] for _ in range(2)
-        ]
+        rings = {
+            first: [
+                Tensor(_sized(contract.caches[first].shape, rows), contract.caches[first].dtype, self.home)
+                for _ in range(self._rings.sizes[first])
+            ]
+            for first in dict.fromkeys(self._rings.first)
+        }
+        self.buffers = [rings[first] for first in self._rings.first]
         # What is recorded as a CUDA graph ends on the device: a replay copies nothing.
         self._outside = self.home if self.home.graphs else Home()
         shapes = [_fixed(spec.name, size[spec.name], batch) for spec in contract.outputs]
@@ -71,14 +78,13 @@ class Table:
         self._pending = np.zeros(rows, bool)
         phases = range(contract.period)
         self._due = [[contract.output_due(spec, phase) for spec in contract.outputs] for phase in phases]
-        self._cache_due = [[phase % spec.due[1] == spec.due[0] for spec in contract.caches] for phase in phases]
-        self._result_side, self._side = _sides(self._due), _sides(self._cache_due)
+        self._result_side = _sides(self._due, self.turns)
         self._taken = [{entry.name for entry in session.get_inputs()} for session in model.sessions]
         self._bindings: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
-    def side(self, turn: int, cache: int) -> int:
-        """The set in which a cache of a stream at ``turn`` is: 0 or 1."""
-        return self._side[turn][cache]
+    def place(self, turn: int, cache: int) -> int:
+        """The one of its ``buffers`` in which a cache of a stream at ``turn`` is."""
+        return self._rings.place(turn, cache)
 
     def results(self, turn: int) -> list[NDArray[Any] | None]:
         """The outputs of a run at ``turn``, ``(batch, ...)`` each and read only; None for one that is not due then.
@@ -128,7 +134,7 @@ class Table:
 
     def caches(self, turn: int) -> list[Tensor]:
         """The tensors in which the caches of streams at ``turn`` are."""
-        return [self.sets[side][at] for at, side in enumerate(self._side[turn])]
+        return [buffers[self.place(turn, at)] for at, buffers in enumerate(self.buffers)]
 
     def read(self, turn: int, rows: NDArray[np.intp]) -> list[NDArray[Any]]:
         """A copy of every cache's ``rows`` in host memory."""
@@ -159,11 +165,9 @@ class Table:
         """A binding of these rows' buffers, and the options that it is run with."""
         phase = turn % self.contract.period
         binding = self.model.sessions[phase].io_binding()
-        for at, cache in enumerate(self.contract.caches):
-            if self._cache_due[phase][at]:
-                _bind(
-                    binding.bind_output, cache.output, self.sets[1 - self._side[turn][at]][at], start, count, self.home
-                )
+        for at, (cache, new) in enumerate(zip(self.contract.caches, self.caches(turn + 1), strict=True)):
+            if phase % cache.due[1] == cache.due[0] and at not in self.model.moved:
+                _bind(binding.bind_output, cache.output, new, start, count, self.home)
         for at, output in enumerate(self.contract.outputs):
             if self._due[phase][at]:
                 result = self._results[self._result_side[turn][at]][at]
@@ -231,11 +235,11 @@ class BoundStep:
         self.table.copy_one(self.turn, self._every, source, target)
 
 
-def _sides(due: list[list[bool]]) -> list[list[int]]:
-    """For each turn of two periods, which of two buffers each value was last written to; both start at 0."""
+def _sides(due: list[list[bool]], turns: int) -> list[list[int]]:
+    """For each turn, which of two buffers each value was last written to; both start at 0."""
     side = [0] * len(due[0])
     sides = []
-    for turn in range(2 * len(due)):
+    for turn in range(turns):
         sides.append(list(side))
         side = [before ^ now for before, now in zip(side, due[turn % len(due)], strict=True)]
     return sides
@@ -275,10 +279,11 @@ def _declared(model: StepModel) -> tuple[dict[str, str], dict[str, list[Any]]]:
     graph = [entry for session in model.distinct for entry in (*session.get_inputs(), *session.get_outputs())]
     declared = {entry.name: _DTYPES.get(entry.type, entry.type) for entry in graph}
     expected = {spec.name: spec.dtype for spec in contract.inputs}
-    for cache in contract.caches:
-        expected |= {cache.input: cache.dtype, cache.output: cache.dtype}
+    for at, cache in enumerate(contract.caches):
+        expected |= {cache.input: cache.dtype} | ({} if at in model.moved else {cache.output: cache.dtype})
     expected |= {spec.name: declared.get(spec.name, "") for spec in contract.outputs}
-    unused = {name for name in expected if contract.period > 1 and name not in declared}  # no layer that is ever due
+    # No layer that is ever due reads it, or none but the one that moved it on.
+    unused = {name for name in expected if (contract.period > 1 or model.moved) and name not in declared}
     for name, dtype in expected.items():
         if name not in unused and (name not in declared or declared[name] != dtype):
             found = f"is {declared[name]} in the graph" if name in declared else "is not in the graph"

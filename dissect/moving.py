@@ -66,10 +66,10 @@ class Mover:
                 self._in_host_memory(cache, steps)
 
     def _place(self, cache: int, row: int, turn: int) -> tuple[int, int]:
-        return self.table.side(turn, cache), row
+        return self.table.place(turn, cache), row
 
     def _in_host_memory(self, cache: int, steps: Sequence[tuple[tuple[int, int], tuple[int, int] | None]]) -> None:
-        arrays = [side[cache].array for side in self.table.sets]
+        arrays = [buffer.array for buffer in self.table.buffers[cache]]
         overwritten = {to for to, _ in steps}
         held = {source: arrays[source[0]][source[1]].copy() for _, source in steps if source in overwritten}  # type: ignore[index]
         for (side, row), source in steps:
@@ -84,7 +84,7 @@ class Mover:
 
     def _on_device(self, cache: int, steps: Sequence[tuple[tuple[int, int], tuple[int, int] | None]]) -> None:
         table = self.table
-        pair = [side[cache] for side in table.sets]
+        pair = table.buffers[cache]
         orders = [np.arange(table.rows, dtype=np.int64) + side * table.rows for side in range(2)]
         for (side, row), source in steps:
             orders[side][row] = 2 * table.rows if source is None else source[0] * table.rows + source[1]

@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from dissect.contract import Contract
+from dissect.rings import moves
 from dissect.sessions import Provider, fingerprint, loaded, open_session
-from dissect.wire import metadata, prune
+from dissect.wire import copies, metadata, prune
 
 __all__ = ["NO_FLUSH", "StepModel", "open_step"]
 
@@ -26,12 +27,16 @@ NO_FLUSH = "This model was exported without a flush, so the outputs that are sti
 
 @dataclass(frozen=True)
 class StepModel:
-    """An open step model: its contract, all metadata of its file, its fingerprint, and one session a phase."""
+    """An open step model: its contract, all metadata of its file, its fingerprint, and one session a phase.
+
+    ``moved``: the caches that become what another one was, by number; no session has outputs for them.
+    """
 
     contract: Contract
     metadata: Mapping[str, str]
     fingerprint: str
     sessions: tuple[Any, ...]
+    moved: Mapping[int, int]
 
     @property
     def distinct(self) -> list[Any]:
@@ -45,42 +50,52 @@ def open_step(
     threads: int | None = None,
     options: Any = None,
     spin: bool | None = None,
+    rings: bool = True,
 ) -> StepModel:
     """The step model in ``model``, a path or the bytes of a file; arguments as for :func:`~dissect.sessions.open_session`.
 
+    ``rings=False``: the graph moves the caches on by itself, and a stream has two turns a period, no more.
     Raises :class:`~dissect.errors.StreamError` for a file that is missing, no ONNX, no step model, or of a newer format.
     """
     name = "The model" if isinstance(model, bytes) else os.fspath(model)
+    opened = _Opening(name, providers, threads, options, spin, rings)
     if isinstance(model, bytes) or not os.path.isfile(model) or os.path.getsize(model) == 0:
-        found = metadata(model) if isinstance(model, bytes) else {}
-        return _opened(model, found, name, providers, threads, options, spin)
+        return opened.of(model, model if isinstance(model, bytes) else b"")
     with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return _opened(model, metadata(mapped), name, providers, threads, options, spin, mapped)
+        return opened.of(model, mapped)
 
 
-def _opened(
-    model: Any,
-    found: Mapping[str, str],
-    name: str,
-    providers: Any,
-    threads: int | None,
-    options: Any,
-    spin: bool | None,
-    mapped: mmap.mmap | None = None,
-) -> StepModel:
-    if "dissect.cadence" not in found:
-        session = open_session(model, providers, threads, options, spin)
-        entries = dict(session.get_modelmeta().custom_metadata_map)
-        contract, sessions = Contract.from_metadata(entries, name), (session,)
-    else:
-        entries, contract = dict(found), Contract.from_metadata(found, name)
+@dataclass
+class _Opening:
+    """How a file is opened."""
+
+    name: str
+    providers: Any
+    threads: int | None
+    options: Any
+    spin: bool | None
+    rings: bool
+
+    def of(self, model: Any, content: bytes | mmap.mmap) -> StepModel:
+        """The step model in ``model``, whose bytes are ``content``."""
+        found = metadata(content)
+        contract = Contract.from_metadata(found, self.name) if "dissect.format_version" in found else None
+        moved = moves(contract.caches, copies(content)) if contract is not None and self.rings else {}
+        if contract is None or (contract.period == 1 and not moved):
+            session = self._session(model)
+            entries = dict(session.get_modelmeta().custom_metadata_map)
+            contract = Contract.from_metadata(entries, self.name)
+            return StepModel(contract, MappingProxyType(entries), fingerprint(model), (session,), {})
         folder = None if isinstance(model, bytes) else os.path.dirname(os.path.abspath(model))
+        left = {contract.caches[index].output for index in moved}
+        wanted = [tuple(name for name in contract.due(phase) if name not in left) for phase in range(contract.period)]
         opened: dict[tuple[str, ...], Any] = {}
-        for phase in range(contract.period):
-            outputs = contract.due(phase)
+        for outputs in wanted:
             if outputs not in opened:
-                part = prune(model if mapped is None else mapped, outputs)
-                opened[outputs] = open_session(part, providers, threads, options, spin, folder)
-                providers = loaded(opened[outputs], providers)
-        sessions = tuple(opened[contract.due(phase)] for phase in range(contract.period))
-    return StepModel(contract, MappingProxyType(entries), fingerprint(model), sessions)
+                opened[outputs] = self._session(prune(content, outputs), folder)
+                self.providers = loaded(opened[outputs], self.providers)
+        sessions = tuple(opened[outputs] for outputs in wanted)
+        return StepModel(contract, MappingProxyType(dict(found)), fingerprint(model), sessions, moved)
+
+    def _session(self, model: Any, folder: str | None = None) -> Any:
+        return open_session(model, self.providers, self.threads, self.options, self.spin, folder)

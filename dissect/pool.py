@@ -137,7 +137,7 @@ class StreamPool:
                 "A pool has at least one stream, a batch and a queue of at least 1, and no negative wait."
             )
         self.max_wait, self.queue = max_wait, queue
-        opened = open_step(model, providers, threads, options, spin)
+        opened = open_step(model, providers, threads, options, spin, rings=False)
         self._contract = opened.contract
         table = Table(opened, streams, min(max_batch, streams))
         self._capacity = streams

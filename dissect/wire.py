@@ -15,12 +15,12 @@ from mmap import mmap
 
 from dissect.errors import StreamError
 
-__all__ = ["metadata", "prune", "record"]
+__all__ = ["copies", "metadata", "prune", "record"]
 
 GRAPH, METADATA = 7, 14  # of ModelProto
 KEY, VALUE = 1, 2  # of StringStringEntryProto
 NODE, INITIALIZER, INPUT, OUTPUT, VALUE_INFO, SPARSE = 1, 5, 11, 12, 13, 15  # of GraphProto
-NODE_INPUT, NODE_OUTPUT, ATTRIBUTE = 1, 2, 5  # of NodeProto
+NODE_INPUT, NODE_OUTPUT, KIND, ATTRIBUTE = 1, 2, 4, 5  # of NodeProto
 SUBGRAPH, SUBGRAPHS = 6, 11  # of AttributeProto
 TENSOR_NAME, INFO_NAME, SPARSE_VALUES = 8, 1, 1
 
@@ -35,6 +35,19 @@ def metadata(model: Buffer) -> dict[str, str]:
         entries = [content for number, _, content in _fields(memoryview(model)) if number == METADATA]
         return {_name(entry, KEY): _name(entry, VALUE) for entry in entries}
     except (IndexError, ValueError):
+        return {}
+
+
+def copies(model: Buffer) -> dict[str, str]:
+    """The graph's outputs that are an input as it came in, and which one; empty for bytes that are no ONNX file."""
+    try:
+        graph = next(content for number, _, content in _fields(memoryview(model)) if number == GRAPH)
+        fields = list(_fields(graph))
+        given = {_name(content, INFO_NAME) for number, _, content in fields if number == INPUT}
+        nodes = [content for number, _, content in fields if number == NODE and _name(content, KIND) == "Identity"]
+        pairs = [(_name(node, NODE_OUTPUT), _name(node, NODE_INPUT)) for node in nodes]
+        return {output: source for output, source in pairs if source in given}
+    except (IndexError, StopIteration, ValueError):
         return {}
 
 

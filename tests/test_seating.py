@@ -23,7 +23,7 @@ def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ta
     if request.param != "host":
         home = Home("cpu", 0, resident=True, rebind=True, graphs=request.param == "graphs")
         monkeypatch.setattr(binding, "home_of", lambda session: home)
-    return Table(open_step(windows((3, 1, 1))), 6, 3)
+    return Table(open_step(windows((3, 1, 1)), rings=False), 6, 3)
 
 
 def fill(table: Table) -> dict[tuple[int, int, int], float]:
@@ -31,7 +31,7 @@ def fill(table: Table) -> dict[tuple[int, int, int], float]:
     held = {}
     for side, at, row in itertools.product(range(2), range(len(table.contract.caches)), range(table.rows)):
         held[side, at, row] = 1 + side + 10 * at + 100 * row
-        table.sets[side][at].write(np.array([row]), np.asarray(held[side, at, row]))
+        table.buffers[at][side].write(np.array([row]), np.asarray(held[side, at, row]))
     return held
 
 
@@ -40,8 +40,8 @@ def contents(table: Table) -> dict[tuple[int, int, int], float]:
     return {
         (side, at, row): float(np.ravel(values)[0])
         for side in range(2)
-        for at, tensor in enumerate(table.sets[side])
-        for row, values in zip(every, tensor.read(every), strict=True)
+        for at, buffers in enumerate(table.buffers)
+        for row, values in zip(every, buffers[side].read(every), strict=True)
     }
 
 
@@ -56,8 +56,8 @@ def test_moves_are_made_at_once(table: Table, seed: int) -> None:
     ]
     wanted = dict(held)
     for move, at in itertools.product(moves, range(len(table.contract.caches))):
-        source = None if move.source is None else held[table.side(move.source[1], at), at, move.source[0]]
-        wanted[table.side(move.turn, at), at, move.row] = source or 0.0
+        source = None if move.source is None else held[table.place(move.source[1], at), at, move.source[0]]
+        wanted[table.place(move.turn, at), at, move.row] = source or 0.0
     Mover(table).move(moves)
     assert contents(table) == wanted
 
@@ -166,7 +166,7 @@ def test_without_costs_all_goes() -> None:
 
 
 def test_calibration_measures_every_size() -> None:
-    batching = calibrated(Table(open_step(windows((3, 1, 1))), 6, 6), seconds=0.05)
+    batching = calibrated(Table(open_step(windows((3, 1, 1)), rings=False), 6, 6), seconds=0.05)
     assert len(batching.costs) == 6
     one, two, three, four, five, six = batching.costs
     assert min(one, two, four, six) > 0

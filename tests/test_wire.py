@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from step_models import windows
 
 from dissect.errors import StreamError
-from dissect.wire import metadata, prune, record
+from dissect.wire import copies, metadata, prune, record
 
 
 def model() -> bytes:
@@ -112,3 +113,16 @@ def test_a_number_is_written_as_protobuf_reads_it(content: int) -> None:
 
 def test_a_text_is_written_as_protobuf_reads_it() -> None:
     assert onnx.TensorProto.FromString(record(8, "é" * 200)).name == "é" * 200
+
+
+def test_copies_of_inputs_are_found() -> None:
+    info = partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[4])
+    nodes = [
+        helper.make_node("Identity", ["a"], ["p"]),
+        helper.make_node("Neg", ["b"], ["h"]),
+        helper.make_node("Identity", ["h"], ["q"]),
+        helper.make_node("Identity", ["b"], ["r"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [info("a"), info("b")], [info("p"), info("q"), info("r")])
+    assert copies(helper.make_model(graph).SerializeToString()) == {"p": "a", "r": "b"}
+    assert copies(b"no model") == copies(b"") == {}
