@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from contextvars import ContextVar
@@ -30,6 +29,7 @@ from dissect.errors import CaptureError
 from dissect.inputs import Inputs
 from dissect.opaque import standing_aside
 from dissect.quiet import quiet
+from dissect.simplifying import simplified
 
 __all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
 
@@ -150,9 +150,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         if node.op == "call_function" and node.target in _DROPOUTS:
             x, p = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
             node.target, node.args, node.kwargs = torch.ops.dissect.dropout.default, (x, p, _DROPOUTS[node.target]), {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = program.run_decompositions({})
+    program = simplified(program)
     for node in list(program.graph.nodes):  # what export asserts of an example is no part of the network
         if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
             program.graph.erase_node(node)

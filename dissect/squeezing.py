@@ -291,9 +291,10 @@ class Squeeze:
         source, kind, lead, size = node.args
         if not isinstance(source, fx.Node) or not isinstance(lead, int) or not isinstance(size, (list, tuple)):
             return None
-        drop = self.spare(source, range(lead + 1))
+        grown = [dim for dim, length in enumerate(self.shapes[node]) if dim > lead and length != 1]
+        drop = self.spare(source, (*range(lead + 1), *grown))
         left = tuple(length for at, length in enumerate(size) if lead + 1 + at not in drop)
-        if any(self.shapes[node][dim] != 1 for dim in drop) or not left:
+        if not left or MERGED in drop:
             return None
         self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))
         return drop

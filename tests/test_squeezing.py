@@ -42,6 +42,7 @@ CASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "one position, largest": lambda net, x: F.max_pool3d(x.mean(2, keepdim=True), (1, 3, 2), 1, (0, 1, 1)).relu(),
     "one position, rows pooled": lambda net, x: F.avg_pool3d(x.mean((2, 4), keepdim=True), (1, 2, 1), 1).square(),
     "one position, divided": lambda net, x: F.avg_pool3d(x.mean(2, keepdim=True), (1, 2, 2), 1, 0, False, True, 3),
+    "one position, spread": lambda net, x: F.adaptive_avg_pool3d(x.mean((2, 3, 4), keepdim=True), (3, 1, 1)).square(),
     "window of maps": lambda net, x: (x * net.small(x.mean((2, 3, 4), keepdim=True)).sigmoid()).mean((2, 3, 4)),
     "window, by rows": lambda net, x: (x - x.mean((2, 4), keepdim=True)).abs().mean((2, 3, 4)),
     "window, kept": lambda net, x: (x - x.mean((2, 3, 4), keepdim=True)).square().mean((2, 3, 4), keepdim=True),

@@ -1,0 +1,61 @@
+"""Operators that no converter knows, in terms of simpler ones, as torch itself defines them.
+
+``torch.export`` keeps a network's operators as they were called: ``torch.concat`` and ``torch.cat``, ``x.divide(y)`` and
+``x / y`` are different ones. Whatever has no converter is replaced by torch's own definition of it, and that again,
+until every operator has a converter or no definition. What has a converter is never taken apart.
+
+Source: the composite kernels of ATen, and ``torch._decomp.core_aten_decompositions``, whose results are core ATen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from dissect.registry import find
+
+__all__ = ["simplified"]
+
+#: definitions within definitions: torch's deepest are four
+ROUNDS = 6
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def simplified(program: ExportedProgram) -> ExportedProgram:
+    """A functional program, without operators that have no converter but a definition."""
+    for _ in range(ROUNDS):
+        table = {target: _definition(target) for target in _strangers(program)}
+        known = {target: definition for target, definition in table.items() if definition is not None}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = program.run_decompositions(known)
+        if not any(_definition(target) for target in _strangers(program)):
+            break
+    return program
+
+
+def _strangers(program: ExportedProgram) -> set[Any]:
+    """The operators that no converter knows."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    return {target for target in targets if isinstance(target, torch._ops.OpOverload) and find(target) is None}
+
+
+def _definition(target: Any) -> Callable[..., Any] | None:
+    """torch's own definition of an operator by others; None where it has none."""
+    if target.namespace != "aten":
+        return None
+    if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE.name):
+        return partial(target._op_dk, _COMPOSITE)
+    return _core().get(target)
+
+
+@cache
+def _core() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import core_aten_decompositions
+
+    return dict(core_aten_decompositions())
