@@ -190,7 +190,7 @@ def framed(ctx: Context, value: Value, names: Labels, resolved: dict[Hashable, A
     shape = [value.axes[dim].space for dim, label in enumerate(names) if not resolved[label].dropped]
     if value.constant:
         dims = tuple(resolved[label] if value.shape[dim] > 1 else Axis() for dim, label in enumerate(names))
-        shape = [value.shape[dim] for dim, label in enumerate(names) if not resolved[label].dropped]
+        shape = [dims[dim].space for dim, label in enumerate(names) if not resolved[label].dropped]
         return ctx.graph.call_function(torch.reshape, (ctx.conform(value, Axes(dims)).node, tuple(shape)))
     if tuple(shape) == value.axes.frame:
         return value.node

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dissect.context import Context, Value
+from dissect.converters.counted import counted
 from dissect.ledger import plain
 from dissect.meeting import by_position
 from dissect.registry import converter, patient
@@ -112,6 +113,8 @@ OTHER = (
 
 def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     """An elementwise operator: operands meet at one delay and broadcast as frame tensors."""
+    if target is aten.div.Tensor and isinstance(args[0], Value) and isinstance(args[1], Value):
+        args = (args[0], counted(ctx, *args))
     values = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
     axes = values[0].axes
     if len(values) > 1:

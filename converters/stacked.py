@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dissect.context import Context, Refused, Value
 from dissect.convolution import TemporalConv
-from dissect.ledger import plain_axis
+from dissect.ledger import Axis, Factor, plain_axis
 
 
 class StackedConv(TemporalConv):
@@ -45,6 +45,8 @@ def stacked_conv(ctx: Context, x: Value, weight: Value, bias: Value | None, sett
         after *= factor.size if index > at else 1
     positions = factors[at].size
     x = ctx.settled(ctx.sure(x))
+    if x.axes[1].dropped:  # a frame is one channel, which its frame tensor has to have
+        x = ctx.reframe(x, x.axes.replace(1, Axis((*factors, Factor("S", 1)))))
     clock = x.clock
     stride = (
         clock.removed if ctx.preset == "d3d" else clock.stride

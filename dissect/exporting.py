@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ __all__ = ["contract_of", "export"]
 #: above this, weights go to a file of their own (a protobuf holds no more)
 LIMIT = 2_000_000_000
 ROWS = 3  # the batch of the trace; the file's is dynamic
+
+#: names that a step model's inputs and caches have
+_INPUTS = re.compile(r"frame(_\d+)?|reset|(new_)?cache_\d+.*")
 
 #: what weights and caches may be
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
@@ -152,6 +157,7 @@ def to_model(
     assert exported is not None
     model = exported.model
     _tidy(model)
+    _set_apart(model, {*names, *outs})
     _name_batch(model)
     model.metadata_props.update(contract.to_metadata())
     return model
@@ -207,6 +213,15 @@ def _tidy(model: ir.Model) -> None:
             graph.append(copy)
             graph.outputs[index] = copy.outputs[0]
         seen.add(id(graph.outputs[index]))
+
+
+def _set_apart(model: ir.Model, taken: set[str]) -> None:
+    """No value inside has the name of an input or an output, as that of an operator has where a network says ``{"mean": ...}``."""
+    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and id(value) not in ends:
+                value.name = f"{value.name}_inside"
 
 
 def _name_batch(model: ir.Model) -> None:
@@ -298,10 +313,12 @@ def output_names(stream: Stream) -> list[str]:
     ]
     if len(paths) == 1 and not paths[0]:
         return ["output"]
-    names = []
+    names: list[str] = []
     for path in paths:
         atoms = [str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path]
-        names.append("_".join(["output", *atoms] if atoms[0].isdigit() else atoms))
+        name = "_".join(["output", *atoms] if atoms[0].isdigit() else atoms)
+        name = f"output_{name}" if _INPUTS.fullmatch(name) else name
+        names.append(next(free for free in (name, *(f"{name}_{at}" for at in count(2))) if free not in names))
     return names
 
 

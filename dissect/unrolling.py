@@ -123,7 +123,7 @@ def loops(captured: Captured) -> list[Loop]:
                 matcher.match(copies)
             except _Differ:
                 continue
-            if matcher.sources and not _lengthens(node, matcher.wide):
+            if matcher.sources and not _lengthens(node, matcher.wide) and not _neighbours(node, copies):
                 found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
     return found
 
@@ -173,6 +173,12 @@ def _lengthens(node: fx.Node, wide: set[tuple[int, int]]) -> bool:
     value = node.args[0][0].meta["val"]  # type: ignore[index, union-attr]
     dim = along % value.dim()
     return (dim, value.dim()) in wide and value.shape[dim] > 1
+
+
+def _neighbours(node: fx.Node, copies: Sequence[fx.Node]) -> bool:
+    """Whether the copies are shifts of a clip as they are, joined with no dimension of their own: no windows of a loop."""
+    first = frames_in(copies[0])
+    return first is not None and first.width > 1 and node.target is not aten.stack.default
 
 
 def _set_apart(node: fx.Node) -> None:
@@ -352,6 +358,8 @@ class _Matcher:
         if step < 1 or 2 * (frames[-1].index - first.index + first.width) < first.source.meta["val"].shape[first.dim]:
             return None
         if any(frame.index != first.index + step * at for at, frame in enumerate(frames)):
+            return None
+        if len(frames) < first.width > step:  # x[:, :-1] beside x[:, 1:]: neighbours of every frame, not two windows
             return None
         if first.width > 1:
             self.wide.add((first.dim, first.source.meta["val"].dim()))

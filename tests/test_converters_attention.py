@@ -342,3 +342,25 @@ def test_temporal_attention_goes_back_to_frames_as_an_approximation(use: Callabl
     torch.manual_seed(0)
     stream = check(Weighted(use), exact=False)
     assert all(row.future for row in stream.plan.approximate)
+
+
+class Asked(nn.Module):
+    """Learned questions to all frames, by torch's own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.questions = nn.Parameter(torch.randn(1, 3, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(self.questions.expand(len(x), -1, -1), x, x)[0]
+        return out
+
+
+def test_learned_questions_are_asked_by_every_row_and_head() -> None:
+    torch.manual_seed(0)
+    network, x = Asked().double().eval(), torch.randn(1, 9, 8, dtype=torch.float64)
+    for preset in ("exact", "d3d", "causal"):
+        stream = dissect.convert(network, x, preset, time_dim=1)
+        dissect.verify(stream, network).check()
+        assert preset != "exact" or stream.plan.exact

@@ -312,3 +312,23 @@ def test_the_contract_of_a_stream_says_what_it_takes() -> None:
     assert contract.inputs[0].shape == ("batch", 3, 6, 5)
     assert contract.preprocess is None
     assert contract.labels is None
+
+
+class Named(nn.Module):
+    """Outputs under names that operators and inputs have, too."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = x.mean((3, 4)).relu()
+        return {"mean": y, "frame": y + 1, "relu": y.square(), "cache_000": y - 1}
+
+
+def test_outputs_may_have_the_names_of_operators_and_inputs(tmp_path: Path) -> None:
+    stream = dissect.convert(Named(), torch.rand(1, 2, 4, 3, 3), "exact")
+    run = dissect.Runner(dissect.export(stream, tmp_path / "net.onnx"))
+    assert [spec.name for spec in run.outputs] == ["mean", "output_frame", "relu", "output_cache_000"]
+    x = torch.rand(1, 2, 3, 3)
+    wanted = Named()(x[:, :, None])
+    got = run.step(x.numpy())
+    assert list(got) == list(wanted)
+    for key, value in got.items():
+        np.testing.assert_allclose(value, wanted[key][:, :, 0], rtol=1e-5)

@@ -207,3 +207,45 @@ def test_copies_that_differ_are_left_as_they_are(body: Callable[[nn.Module, Tens
         law(stream, torch.randn(2, 3, 9, 5, 5, dtype=torch.float64))
         assert stream.plan.exact, str(stream.plan)
         close(streamed(stream, clip, frames=8), network(clip))
+
+
+class Neighbours(nn.Module):
+    """Shifts of the clip put together, then a 2D convolution of every position."""
+
+    def __init__(self, join: Callable[[Tensor], Tensor], channels: int) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv3d(2, 3, 3, padding=1), nn.Conv2d(channels, 2, 3, padding=1)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.join(self.before(x))
+        return self.after(y.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(y), -1)).mean((3, 4))
+
+
+NEIGHBOURS: dict[
+    str, tuple[Callable[[Tensor], Tensor], int, int]
+] = {  # the join, its channels, the frames it waits for
+    "pairs": (lambda y: torch.cat([y[:, :, :-1], y[:, :, 1:]], 1), 6, 1),
+    "later first": (lambda y: torch.cat([y[:, :, 1:], y[:, :, :-1]], 1), 6, 1),
+    "triples": (lambda y: torch.cat([y[:, :, :-2], y[:, :, 1:-1], y[:, :, 2:]], 1), 9, 2),
+    "two apart": (lambda y: torch.cat([y[:, :, :-4], y[:, :, 2:-2], y[:, :, 4:]], 1), 9, 4),
+    "sum": (lambda y: y[:, :, :-1] + y[:, :, 1:], 3, 1),
+    "sum of three": (lambda y: y[:, :, :-2] + y[:, :, 1:-1] + y[:, :, 2:], 3, 2),
+    "larger of two": (lambda y: torch.maximum(y[:, :, :-1], y[:, :, 1:]), 3, 1),
+    "stack": (lambda y: torch.stack([y[:, :, :-1], y[:, :, 1:]], 1).amax(1), 3, 1),
+}
+
+
+@pytest.mark.parametrize("frames", [6, 9])
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours_are_no_windows(name: str, frames: int) -> None:
+    join, channels, waits = NEIGHBOURS[name]
+    network = Neighbours(join, channels).double().eval()
+    clip = torch.randn(1, 2, frames + 4, 5, 5, dtype=torch.float64)
+    stream = dissect.convert(network, clip[:, :, :frames])
+    dissect.verify(stream, network, runtime=False).check()
+    stream = dissect.convert(network, clip[:, :, :frames], "exact")
+    assert stream.plan.exact
+    assert stream.timing.delay == waits + 1
+    assert stream.cache_bytes < 12_000  # of frames, not of windows of the clip
+    assert offline(stream, network, clip, range(frames, frames + 5)) == 5
