@@ -57,6 +57,7 @@ _OVER_TIME = (
 )
 
 
+_OPEN = 1 << 31  # no clip is as long: an open end is a number far above
 _PICKS = (aten.unfold, aten.roll, aten.index_select, aten.index)
 
 
@@ -426,7 +427,10 @@ _SIZED = {
 
 
 def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> bool:
-    """Whether the network is another one for inputs of this shape: other operators, or other settings of the same."""
+    """Whether the network is another one for inputs of this shape.
+
+    It has other operators then, or other settings of the same, or a slice that ends beyond what there is.
+    """
 
     def told(graph: fx.Graph) -> list[Any]:
         calls = [node for node in graph.nodes if node.op == "call_function"]
@@ -436,11 +440,21 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
                 None
                 if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in _SIZED
                 else _settings(node),
+                _cut_short(node),
             )
             for node in calls
         ]
 
     return told(original(model, example).graph) != told(captured.graph)
+
+
+def _cut_short(node: fx.Node) -> bool:
+    """Whether a slice ends where its tensor does not go any more, by a number that the network gave."""
+    if node.target is not torch.ops.aten.slice.Tensor or len(node.args) < 4:
+        return False
+    source, dim, _, end = node.args[:4]
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    return isinstance(value, Tensor) and isinstance(end, int) and value.shape[dim] < end < _OPEN  # type: ignore[index]
 
 
 def _settings(node: fx.Node) -> str:

@@ -52,10 +52,13 @@ class Resetting(nn.Module):
 
 
 def recast(module: fx.GraphModule, old: torch.dtype, new: torch.dtype) -> None:
-    """Compute in ``new`` what was computed in ``old``, parameters, constants and casts, in place."""
+    """Compute in ``new`` what was computed in ``old``, parameters, constants and casts, in place, in all graphs inside."""
     module.to(new)
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            node.args = fx.node.map_aggregate(node.args, lambda leaf: new if leaf is old else leaf)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: new if leaf is old else leaf)
-    module.recompile()
+    for inner in module.modules():
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        for node in inner.graph.nodes:
+            if node.op == "call_function":
+                node.args = fx.node.map_aggregate(node.args, lambda leaf: new if leaf is old else leaf)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, lambda leaf: new if leaf is old else leaf)
+        inner.recompile()

@@ -217,3 +217,30 @@ def test_a_flush_that_is_too_short_is_reported(monkeypatch: pytest.MonkeyPatch) 
     report = dissect.verify(stream, model, runtime=False)
     assert broken(report) == ["original = exact"]
     assert f"the flush ends {stream.timing.delay} frames before the last position" in str(report)
+
+
+class Sliced(nn.Module):
+    """Averages of slices of the clip that end at fixed frames, as segments of a proposal do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0:3].mean(1), x[:, 3:9].mean(1), x[:, 9:12].mean(1)], 1)
+
+
+class Chunks(nn.Module):
+    """A recurrence over the last values of chunks of four frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.LSTM(4, 6, batch_first=True), nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.inner(x[:, at : at + 4])[0][:, -1] for at in range(0, x.shape[1], 4)]
+        return self.outer(torch.stack(parts, 1))[0][:, -1]
+
+
+@pytest.mark.parametrize(("network", "frames"), [(Sliced(), 12), (Chunks(), 16)])
+def test_a_slice_that_a_shorter_clip_cuts_off_is_no_broken_promise(network: nn.Module, frames: int) -> None:
+    network = network.double().eval()
+    clip = torch.randn(1, frames, 4, dtype=torch.float64)
+    report = dissect.verify(dissect.convert(network, clip, "exact", time_dim=1), network, runtime=False).check()
+    assert any("another network" in (row.note or "") for row in report.rows)
