@@ -318,7 +318,8 @@ def output_names(stream: Stream) -> list[str]:
         atoms = [str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path]
         name = "_".join(["output", *atoms] if atoms[0].isdigit() else atoms)
         name = f"output_{name}" if _INPUTS.fullmatch(name) else name
-        names.append(next(free for free in (name, *(f"{name}_{at}" for at in count(2))) if free not in names))
+        more = (f"{name}_{at}" for at in count(2))
+        names.append(name if name not in names else next(free for free in more if free not in names))
     return names
 
 
