@@ -54,14 +54,22 @@ def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, 
     return ctx.reframe(pool_time(ctx, y, kind, bare), axes)
 
 
+def number(ctx: Context, x: Value) -> Value:
+    """What is counted or averaged: masks and whole numbers in the dtype of the result."""
+    dtype = ctx.node.meta["val"].dtype
+    if x.dtype.is_floating_point or x.dtype == dtype:
+        return x
+    return ctx.call(aten.to.dtype, (x, dtype), x.axes, x.clock, dtype)
+
+
 @converter(aten.mean.dim)
 def mean(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
-    return reduce(ctx, x, "mean", dims, keepdim)
+    return reduce(ctx, number(ctx, x), "mean", dims, keepdim)
 
 
 @converter(aten.sum.dim_IntList)
 def sum_(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
-    return reduce(ctx, x, "sum", dims, keepdim)
+    return reduce(ctx, number(ctx, x), "sum", dims, keepdim)
 
 
 @converter(aten.amax.default)

@@ -12,7 +12,7 @@ from torch import fx
 from dissect import ledger
 from dissect.building import Builder
 from dissect.capturing import Captured
-from dissect.holding import FirstHistory
+from dissect.holding import FirstHistory, counted
 from dissect.meeting import ends_met, spread
 from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Gate, History, Query, Tap
@@ -143,7 +143,8 @@ class Context(Builder):
     def _history(self, value: Value, depth: int) -> fx.Node:
         key = (value.node, value.clock.first)
         if key not in self._histories:
-            module = FirstHistory(value.axes.frame, 0) if value.clock.first else History(value.axes.frame, 0)
+            kind = FirstHistory if value.clock.first else History
+            module = kind(value.axes.frame, 0, counted(value.dtype))
             path = self.install(self.free("history"), module)
             late = (self.ask(Query(1, 1, None)),) if value.clock.first else ()
             node = self.graph.call_module(path, (value.node, *late))

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from dissect.primitives import CacheSpec, History, Primitive, lifted, tap
 
-__all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps"]
+__all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps", "counted"]
+
+
+def counted(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of a cache of values that are no floats; None for floats, whose caches are what frames are."""
+    return None if dtype.is_floating_point else dtype
 
 
 class Choose(Primitive):
@@ -27,19 +32,20 @@ class Choose(Primitive):
 class Hold(Primitive):
     """Sample and hold: the value where the mask is set, elsewhere the last value for which it was (zeros before the first)."""
 
-    def __init__(self, frame: Sequence[int]) -> None:
+    def __init__(self, frame: Sequence[int], dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.frame = tuple(frame)
+        self.dtype = dtype
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
-        return (CacheSpec(self.frame),)
+        return (CacheSpec(self.frame, self.dtype),)
 
     def forward(self, x: Tensor, mask: Tensor, caches: tuple[Tensor] | None = None, frames: int | None = None) -> Any:
         if frames is None:
             assert caches is not None
             y = torch.where(lifted(mask, x) > 0, x, caches[0])
-            return y, (y + 0,)
+            return y, (y + 0 if self.dtype is None else y.clone(),)
         x = x.reshape(-1, frames, *x.shape[1:])
         held = x.new_zeros((x.shape[0], *x.shape[2:])) if caches is None else caches[0]
         known = torch.cat([held.unsqueeze(1), x], 1)
