@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dissect.context import Context, Value
+from dissect.context import Context, Refused, Value
 from dissect.ledger import plain
 from dissect.meeting import by_position
 from dissect.registry import converter, patient
@@ -91,7 +91,7 @@ OTHER = (
     aten.pow.Tensor_Tensor,
     aten.pow.Scalar,
     aten.maximum.default,
-    *(aten.minimum.default, aten.fmax.default, aten.fmin.default),
+    *(aten.minimum.default, aten.fmax.default, aten.fmin.default, aten.hypot.default),
     aten.atan2.default,
     aten.where.self,
     aten.where.ScalarOther,
@@ -109,7 +109,7 @@ OTHER = (
     aten.bitwise_and.Tensor,
     *(aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor),
     *(aten.bitwise_and.Scalar, aten.bitwise_or.Scalar, aten.bitwise_xor.Scalar),
-    aten.isnan.default,
+    *(aten.isnan.default, aten.isinf.default),
     aten.nan_to_num.default,
     *[
         getattr(getattr(aten, name), kind)
@@ -147,7 +147,31 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
     args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
     kwargs = {key: next(operands) if isinstance(arg, Value) else arg for key, arg in kwargs.items()}
     dtype = ctx.node.meta["val"].dtype
-    return ctx.call(target, args, axes, timing, dtype, **kwargs)
+    return ctx.call(_WRITTEN.get(target, target), args, axes, timing, dtype, **kwargs)
+
+
+def fmax(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.maximum(x, y)))
+
+
+def fmin(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y)))
+
+
+def hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Without a square that leaves what floats can say."""
+    x, y = x.abs(), y.abs()
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    share = small / torch.where(large > 0, large, 1.0)
+    return large * torch.sqrt(share * share + 1)
+
+
+#: what ONNX has no operator for, written with those that it has
+_WRITTEN: dict[Any, Callable[..., Any]] = {
+    aten.fmax.default: fmax,
+    aten.fmin.default: fmin,
+    aten.hypot.default: hypot,
+}
 
 
 def _register(target: Any) -> None:
@@ -173,6 +197,16 @@ def prelu(ctx: Context, x: Value, weight: Value) -> Value:
     low = pointwise(ctx, aten.clamp_max.default, (x, 0.0), {})
     high = pointwise(ctx, aten.relu.default, (x,), {})
     return pointwise(ctx, aten.add.Tensor, (high, pointwise(ctx, aten.mul.Tensor, (low, weight), {})), {})
+
+
+@converter(aten.rrelu.default)
+def rrelu(
+    ctx: Context, x: Value, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None
+) -> Value:
+    """Outside of training the mean of its slopes."""
+    if training:
+        raise Refused("a slope drawn at random", "put the network in eval mode")
+    return pointwise(ctx, aten.leaky_relu.default, (x, (lower + upper) / 2), {})
 
 
 @converter(
