@@ -42,9 +42,7 @@ def matched(ctx: Context, values: Sequence[Value], dim: int) -> tuple[list[Value
 
 def wide(ctx: Context, value: Value, like: Value) -> Value:
     """A constant as frame tensors, a row for each of ``like``."""
-    dims = (
-        plain_axis(size) if axis.plain else axis for axis, size in zip(like.axes.dims, value.shape, strict=True)
-    )
+    dims = (plain_axis(size) if axis.plain else axis for axis, size in zip(like.axes.dims, value.shape, strict=True))
     axes = Axes(tuple(dims))
     node = ctx.graph.call_function(repeated, (ctx.conform(value, axes).node, like.node, axes.frame))
     return Value(node, axes, like.timing, value.dtype)

@@ -50,7 +50,12 @@ def sampled(x: Tensor, grid: Tensor, mode: str, padding: str, align: bool) -> Te
 
 @converter(aten.im2col.default)
 def im2col(
-    ctx: Context, x: Value, kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+    ctx: Context,
+    x: Value,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
 ) -> Value:
     """Patches of a frame: ``(N, C, H, W)`` to ``(N, C * kernel, places)``."""
     if len(x.shape) != 4:

@@ -71,7 +71,9 @@ def framed(x: Value, dims: int) -> None:
     if len(x.shape) != dims + 2:
         raise Refused("a pool of an input without a batch dimension", "give the network clips with a batch dimension")
     if dims == 3 and not x.axes[2].is_time:
-        raise Refused("a pool with indices whose third dimension is not time", "merge time with the batch, and pool in 2D")
+        raise Refused(
+            "a pool with indices whose third dimension is not time", "merge time with the batch, and pool in 2D"
+        )
     if not x.axes[1].plain or any(not axis.plain for axis in x.axes.dims[-2:]):
         raise Refused("a pool with indices over time: places in the clip, which a stream does not have", _FIX)
 

@@ -59,8 +59,9 @@ def _whole(
         return value if len(sizes) <= spare or sizes.numel() == 1 else None
     if value.target is aten.index.Tensor:
         source, indices = value.args
-        same = isinstance(source, fx.Node) and len(indices) == 1 and _same(indices[0], mask)  # type: ignore[arg-type]
-        return source if same and _val(source).shape == shape else None  # type: ignore[return-value]
+        if not isinstance(source, fx.Node) or not isinstance(indices, (list, tuple)) or len(indices) != 1:
+            return None
+        return source if _same(indices[0], mask) and _val(source).shape == shape else None
     if torch.Tag.pointwise not in getattr(value.target, "tags", ()):
         return None
     parts = {read: _whole(graph, read, mask, spare, shape, made) for read in value.all_input_nodes}
