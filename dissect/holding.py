@@ -17,8 +17,11 @@ __all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps", "counted"]
 
 
 def counted(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype of a cache of values that are no floats; None for floats, whose caches are what frames are."""
-    return None if dtype.is_floating_point else dtype
+    """The dtype of a cache of values that are no floats; None for floats, whose caches are what frames are.
+
+    A mask is kept as numbers, between which ONNX Runtime can choose.
+    """
+    return None if dtype.is_floating_point else torch.uint8 if dtype is torch.bool else dtype
 
 
 class Choose(Primitive):
@@ -45,7 +48,7 @@ class Hold(Primitive):
         if frames is None:
             assert caches is not None
             y = torch.where(lifted(mask, x) > 0, x, caches[0])
-            return y, (y + 0 if self.dtype is None else y.clone(),)
+            return y, (y + 0,)
         x = x.reshape(-1, frames, *x.shape[1:])
         held = x.new_zeros((x.shape[0], *x.shape[2:])) if caches is None else caches[0]
         known = torch.cat([held.unsqueeze(1), x], 1)

@@ -6,8 +6,10 @@ Each function is given the convolved clip, which comes a frame late, and the cli
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from laws import law, offline
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dissect
+from dissect.contract import Contract
 
 Function = Callable[[Tensor, Tensor], Any]
 T = 6
@@ -265,3 +268,17 @@ def test_all_in_one(preset: str, start: int) -> None:
     network = Framewise(lambda y, x: [function(y, x) for function in functions]).eval()
     stream = dissect.convert(network, torch.rand(1, 4, T, 6, 8), preset=preset)
     dissect.verify(stream, network, runtime=preset == "exact").check()
+
+
+@pytest.mark.parametrize("option", [{"reset": True}, {"dtype": "float16"}, {"cadence": "native"}])
+def test_masks_and_places_in_caches(option: dict[str, Any], tmp_path: Path) -> None:
+    """What waits for a later layer is not rounded with the numbers around it."""
+    torch.manual_seed(0)
+    network = Framewise(lambda y, x: written(INSIDE["indices that wait"](y, x), x < 0, 2.0)).eval()
+    clip = torch.randn(1, 4, T, 6, 8)
+    stream = dissect.convert(network, clip, preset="exact")
+    runner = dissect.Runner(dissect.export(stream, tmp_path / "net.onnx", **option))
+    outputs = [runner.step(clip[:, :, time].numpy()) for time in range(T)] + list(runner.flush())
+    got = torch.from_numpy(np.stack(outputs[runner.delay :], 2))
+    assert {cache.dtype for cache in Contract.from_metadata(runner.metadata).caches} >= {"uint8", "int64"}
+    torch.testing.assert_close(got, network(clip).detach(), atol=2e-3, rtol=0)
