@@ -46,7 +46,10 @@ def index_select(ctx: Context, x: Value, dim: int, index: Value) -> Value:
 def index(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(dim, value) for dim, value in enumerate(indices) if value is not None]
     if len(given) != 1 or not given[0][1].constant or given[0][1].tensor is None:
-        raise Refused("an index of several dimensions, or one that the clip gives")
+        raise Refused(
+            "an index of several dimensions, or one that the clip gives",
+            "torch.where for a choice by a mask, torch.gather for one by an index",
+        )
     dim, value = given[0]
     tensor = value.tensor
     assert tensor is not None

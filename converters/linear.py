@@ -115,6 +115,29 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
     return ctx.primitive("linear", WindowLinear(None, None, **settings), (known, weight, bias), out, timing, x.dtype)
 
 
+@converter(aten.bilinear.default)
+def bilinear(ctx: Context, x: Value, y: Value, weight: Value, bias: Value | None = None) -> Value:
+    """The last dimensions of two operands, each feature by each, with a weight for every pair and output."""
+    if not weight.constant or (bias is not None and not bias.constant) or x.constant or y.constant:
+        raise Refused("a bilinear layer of constants, or whose weight is computed from the clip")
+    if not x.axes[len(x.axes) - 1].plain or not y.axes[len(y.axes) - 1].plain:
+        raise Refused("a bilinear layer over flattened time", "give every frame its own features")
+    if x.axes.dims[:-1] != y.axes.dims[:-1]:
+        raise Refused("a bilinear layer of operands whose frames do not meet", "bring both to the same frames")
+    (x, y), timing = ctx.align([x, y])
+    axes = x.axes.replace(len(x.axes) - 1, plain_axis(weight.shape[0]))
+    return ctx.call(paired, (x, y, weight, bias), axes, timing.plain(), x.dtype)
+
+
+def paired(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.bilinear`` as one matrix product and one sum."""
+    outputs, first, second = weight.shape
+    table = weight.permute(1, 0, 2).reshape(first, outputs * second)
+    each = (x.reshape(-1, first) @ table).reshape(-1, outputs, second)
+    z = (each * y.reshape(-1, 1, second)).sum(-1)
+    return (z if bias is None else z + bias).reshape(-1, *x.shape[1:-1], outputs)
+
+
 @converter(aten.addmm.default)
 def addmm(ctx: Context, bias: Value, x: Value, weight: Value, *, beta: float = 1, alpha: float = 1) -> Value:
     if not bias.constant or not weight.constant or (beta, alpha) != (1, 1) or not x.axes[1].plain:

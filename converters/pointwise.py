@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dissect.context import Context, Value
+from dissect.context import Context, Refused, Value
 from dissect.converters.counted import counted
 from dissect.ledger import plain
 from dissect.meeting import by_position
@@ -39,27 +39,36 @@ KEEPS_ZERO = (
     aten.sin.default,
     aten.ceil.default,
     aten.round.default,
+    *(aten.round.decimals, aten.erf.default, aten.expm1.default, aten.log1p.default),
+    *(aten.tan.default, aten.asin.default, aten.atan.default),
+    *(aten.sinh.default, aten.asinh.default, aten.atanh.default),
 )
+#: of these, a value that is never negative may come out negative
+_TURNS = (aten.neg.default, aten.sin.default, aten.tan.default)
 _NONNEG = (aten.relu.default, aten.relu6.default, aten.abs.default, aten.sqrt.default)
 #: may give no number, or none that is finite, of a finite one
 _WILD = (
-    *(aten.sqrt.default, aten.rsqrt.default, aten.log.default, aten.log1p.default, aten.reciprocal.default),
+    *(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default),
+    *(aten.log.default, aten.log1p.default, aten.log2.default, aten.log10.default),
+    *(aten.asin.default, aten.acos.default, aten.acosh.default, aten.atanh.default),
+    *(aten.exp2.default, aten.expm1.default, aten.sinh.default, aten.cosh.default),
     *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.addcdiv.default),
 )
 _QUOTIENTS = (aten.div, aten.remainder, aten.fmod)
-_NONNEG_ALWAYS = (*_NONNEG, aten.sigmoid.default, aten.exp.default, aten.hardsigmoid.default, aten.softplus.default)
+_NONNEG_ALWAYS = (
+    *(*_NONNEG, aten.sigmoid.default, aten.exp.default, aten.hardsigmoid.default, aten.softplus.default),
+    *(aten.exp2.default, aten.erfc.default, aten.cosh.default, aten.acos.default, aten.acosh.default),
+)
 OTHER = (
     aten.sigmoid.default,
     aten.hardsigmoid.default,
     aten.softplus.default,
     aten.exp.default,
-    aten.log.default,
-    aten.log1p.default,
+    *(aten.exp2.default, aten.log.default, aten.log2.default, aten.log10.default),
     aten.log_sigmoid.default,
     aten.rsqrt.default,
     aten.reciprocal.default,
-    aten.cos.default,
-    aten.erf.default,
+    *(aten.cos.default, aten.cosh.default, aten.acos.default, aten.acosh.default, aten.erfc.default),
     aten.hardtanh.default,
     aten.hardshrink.default,
     aten.threshold.default,
@@ -67,7 +76,7 @@ OTHER = (
     aten.clamp.default,
     aten.clamp_min.default,
     aten.clamp_max.default,
-    aten.clamp.Tensor,
+    *(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor),
     aten.add.Tensor,
     aten.add.Scalar,
     aten.sub.Tensor,
@@ -83,7 +92,7 @@ OTHER = (
     aten.pow.Tensor_Tensor,
     aten.pow.Scalar,
     aten.maximum.default,
-    aten.minimum.default,
+    *(aten.minimum.default, aten.fmax.default, aten.fmin.default, aten.hypot.default),
     aten.atan2.default,
     aten.where.self,
     aten.where.ScalarOther,
@@ -96,18 +105,19 @@ OTHER = (
     aten.addcdiv.default,
     aten.logical_not.default,
     aten.logical_and.default,
-    aten.logical_or.default,
+    *(aten.logical_or.default, aten.logical_xor.default),
     aten.bitwise_not.default,
     aten.bitwise_and.Tensor,
-    aten.bitwise_or.Tensor,
-    aten.isnan.default,
+    *(aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor),
+    *(aten.bitwise_and.Scalar, aten.bitwise_or.Scalar, aten.bitwise_xor.Scalar),
+    *(aten.isnan.default, aten.isinf.default),
     aten.nan_to_num.default,
     *[
         getattr(getattr(aten, name), kind)
         for name in ("gt", "ge", "lt", "le", "eq", "ne")
         for kind in ("Scalar", "Tensor")
     ],
-    aten.remainder.Scalar,
+    *(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor),
 )
 
 
@@ -126,11 +136,12 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
             values = [ctx.settled(values[0])]
             timing = values[0].clock
     zero = target in KEEPS_ZERO and timing.fill == 0.0
-    nonneg = target in _NONNEG_ALWAYS or (target in KEEPS_ZERO and target is not aten.neg.default and timing.nonneg)
+    nonneg = target in _NONNEG_ALWAYS or (target in KEEPS_ZERO and target not in _TURNS and timing.nonneg)
     if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
         nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(
             not value.constant for value in values
         )
+        nonneg = nonneg and kwargs.get("alpha", 1) >= 0
     timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
     quotient = getattr(target, "overloadpacket", None) in _QUOTIENTS
     if target in _WILD or (quotient and isinstance(args[1], Value) and not args[1].constant):
@@ -139,7 +150,31 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
     args = tuple(next(operands) if isinstance(arg, Value) else arg for arg in args)
     kwargs = {key: next(operands) if isinstance(arg, Value) else arg for key, arg in kwargs.items()}
     dtype = ctx.node.meta["val"].dtype
-    return ctx.call(target, args, axes, timing, dtype, **kwargs)
+    return ctx.call(_WRITTEN.get(target, target), args, axes, timing, dtype, **kwargs)
+
+
+def fmax(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.maximum(x, y)))
+
+
+def fmin(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y)))
+
+
+def hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Without a square that leaves what floats can say."""
+    x, y = x.abs(), y.abs()
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    share = small / torch.where(large > 0, large, 1.0)
+    return large * torch.sqrt(share * share + 1)
+
+
+#: what ONNX has no operator for, written with those that it has
+_WRITTEN: dict[Any, Callable[..., Any]] = {
+    aten.fmax.default: fmax,
+    aten.fmin.default: fmin,
+    aten.hypot.default: hypot,
+}
 
 
 def _register(target: Any) -> None:
@@ -165,6 +200,16 @@ def prelu(ctx: Context, x: Value, weight: Value) -> Value:
     low = pointwise(ctx, aten.clamp_max.default, (x, 0.0), {})
     high = pointwise(ctx, aten.relu.default, (x,), {})
     return pointwise(ctx, aten.add.Tensor, (high, pointwise(ctx, aten.mul.Tensor, (low, weight), {})), {})
+
+
+@converter(aten.rrelu.default)
+def rrelu(
+    ctx: Context, x: Value, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None
+) -> Value:
+    """Outside of training the mean of its slopes."""
+    if training:
+        raise Refused("a slope drawn at random", "put the network in eval mode")
+    return pointwise(ctx, aten.leaky_relu.default, (x, (lower + upper) / 2), {})
 
 
 @converter(

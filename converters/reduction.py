@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dissect.context import Context, Refused, Value
-from dissect.converters.sorting import place
+from dissect.converters.sorting import inside, place
 from dissect.global_pool import pool_time
 from dissect.ledger import Axes, Axis
 from dissect.registry import converter
@@ -54,14 +54,51 @@ def reduce(ctx: Context, x: Value, kind: str, dims: Sequence[int] | int | None, 
     return ctx.reframe(pool_time(ctx, y, kind, bare), axes)
 
 
+def number(ctx: Context, x: Value) -> Value:
+    """What is counted or averaged: masks and whole numbers in the dtype of the result."""
+    dtype = ctx.node.meta["val"].dtype
+    if x.dtype.is_floating_point or x.dtype == dtype:
+        return x
+    return ctx.call(aten.to.dtype, (x, dtype), x.axes, x.clock, dtype)
+
+
 @converter(aten.mean.dim)
 def mean(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
-    return reduce(ctx, x, "mean", dims, keepdim)
+    return reduce(ctx, number(ctx, x), "mean", dims, keepdim)
 
 
 @converter(aten.sum.dim_IntList)
 def sum_(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
-    return reduce(ctx, x, "sum", dims, keepdim)
+    return reduce(ctx, number(ctx, x), "sum", dims, keepdim)
+
+
+@converter(aten.prod.dim_int)
+def prod(ctx: Context, x: Value, dim: int, keepdim: bool = False, *, dtype: Any = None) -> Value:
+    at = inside(ctx, x, dim, "a product")
+    x = ctx.settled(number(ctx, x))
+    kept = (Axis(),) if keepdim else ()
+    axes = Axes((*x.axes.dims[: dim % len(x.axes)], *kept, *x.axes.dims[dim % len(x.axes) + 1 :]))
+    return ctx.call(torch.prod, (x, at, keepdim), axes, x.clock.plain(), x.dtype)
+
+
+@converter(aten.any.default, aten.any.dim, aten.any.dims)
+def any_(ctx: Context, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
+    return truth(ctx, x, "max", dims, keepdim)
+
+
+@converter(aten.all.default, aten.all.dim, aten.all.dims)
+def all_(ctx: Context, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
+    return truth(ctx, x, "min", dims, keepdim)
+
+
+def truth(ctx: Context, x: Value, kind: str, dims: Any, keepdim: bool) -> Value:
+    """Whether some entry is true, or every one: the extreme of ones and zeros, which may be a window's."""
+    x = ctx.settled(x)
+    clock = x.clock.plain().but(nonneg=True)
+    set_ = ctx.call(torch.ne, (x, 0), x.axes, clock, torch.bool)
+    ones = ctx.call(aten.to.dtype, (set_, torch.float32), x.axes, clock, torch.float32)
+    y = reduce(ctx, ones, kind, dims, keepdim)
+    return ctx.call(torch.gt, (y, 0), y.axes, y.clock.plain(), torch.bool)
 
 
 @converter(aten.amax.default)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
@@ -20,19 +20,17 @@ from dissect.windows import masked, window
 aten = torch.ops.aten
 
 
-def inside(ctx: Context, x: Value, dim: int | None) -> int:
+def inside(ctx: Context, x: Value, dim: int | None, what: str = "an order") -> int:
     """Where a dimension of the original stands in a frame tensor; refuses batch and time."""
     if dim is None:
-        raise Refused("an order of all elements mixes the rows of the batch", "give it a dimension")
+        raise Refused(f"{what} of all elements mixes the rows of the batch", "give it a dimension")
     axis = x.axes[dim % len(x.axes)]
     at = x.axes.kept(dim % len(x.axes))
     if not axis.plain or at is None:
         over = (
-            "time gives places in the clip, which a stream does not have"
-            if {"T", "K"} & set(axis.kinds)
-            else "the batch"
+            "time, by places in the clip, which a stream does not have" if {"T", "K"} & set(axis.kinds) else "the batch"
         )
-        raise Refused(f"an order over {over}", "end the network before it, and order its outputs outside")
+        raise Refused(f"{what} over {over}", "end the network before it, and do it with the outputs, outside")
     return at + 1
 
 
@@ -79,17 +77,49 @@ def topk(
     return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k))
 
 
-_RANKED = {aten.median.dim: torch.median, aten.kthvalue.default: torch.kthvalue, aten.mode.default: torch.mode}
-
-
-@converter(*_RANKED)
-def ranked(ctx: Context, x: Value, *args: Any) -> tuple[Value, Value]:
-    first = 1 if ctx.node.target is aten.kthvalue.default else 0
-    given: list[Any] = [*args[first:], *(-1, False)[len(args) - first :]]
-    dim, keepdim = given
+@converter(aten.kthvalue.default)
+def kthvalue(ctx: Context, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
     at = inside(ctx, x, dim)
-    target = _RANKED[ctx.node.target]  # type: ignore[index]
-    return pair(ctx, x, target, (*args[:first], at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+    return pair(ctx, x, smallest, (k, at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+
+
+@converter(aten.median.dim)
+def median(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
+    at = inside(ctx, x, dim)
+    return pair(ctx, x, middle, (at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+
+
+@converter(aten.mode.default)
+def mode(ctx: Context, x: Value, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
+    at = inside(ctx, x, dim)
+    return pair(ctx, x, commonest, (at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+
+
+def smallest(x: Tensor, k: int, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """The k-th smallest value and its place."""
+    values, places = (part.narrow(dim, k - 1, 1) for part in torch.topk(x, k, dim, False))
+    return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
+
+
+def middle(x: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """The median (the lower of two); no number where there is one that is none."""
+    values, places = smallest(x, (x.shape[dim] + 1) // 2, dim, keepdim)
+    if x.is_floating_point():
+        values = torch.where(x.isnan().any(dim, keepdim), torch.nan, values)
+    return values, places
+
+
+def commonest(x: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """The value that is there most often, of several the smallest, and its last place."""
+    moved = x.movedim(dim, -1)
+    each = moved.reshape(-1, moved.shape[-1])
+    counts = (each.unsqueeze(2) == each.unsqueeze(1)).sum(2)
+    best = counts == counts.amax(1, True)
+    values = torch.where(best, each, each.amax(1, True)).amin(1)
+    index = torch.arange(moved.shape[-1], device=x.device)
+    places = torch.where(each == values.unsqueeze(1), index, -1).amax(1)
+    values, places = (part.reshape(moved.shape[:-1]) for part in (values, places))
+    return (values.unsqueeze(dim), places.unsqueeze(dim)) if keepdim else (values, places)
 
 
 def asked(node: fx.Node, index: int) -> bool:

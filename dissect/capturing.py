@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 
 from dissect.errors import CaptureError
 from dissect.inputs import Inputs
+from dissect.masking import chosen
 from dissect.opaque import standing_aside
 from dissect.quiet import quiet
 from dissect.simplifying import simplified
@@ -154,6 +155,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     for node in list(program.graph.nodes):  # what export asserts of an example is no part of the network
         if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
             program.graph.erase_node(node)
+    chosen(program.graph)
     _laid_out(program.graph)
     return program
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from dissect import ledger
 from dissect.building import Builder
 from dissect.capturing import Captured
-from dissect.holding import FirstHistory
+from dissect.holding import FirstHistory, counted
 from dissect.meeting import ends_met, spread
 from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Gate, History, Query, Tap
@@ -143,10 +144,11 @@ class Context(Builder):
     def _history(self, value: Value, depth: int) -> fx.Node:
         key = (value.node, value.clock.first)
         if key not in self._histories:
-            module = FirstHistory(value.axes.frame, 0) if value.clock.first else History(value.axes.frame, 0)
+            kind = FirstHistory if value.clock.first else History
+            module = kind(value.axes.frame, 0, counted(value.dtype))
             path = self.install(self.free("history"), module)
             late = (self.ask(Query(1, 1, None)),) if value.clock.first else ()
-            node = self.graph.call_module(path, (value.node, *late))
+            node = self.graph.call_module(path, (self.cast(value, module.dtype).node, *late))
             node.meta["path"] = self.path
             self._histories[key] = (module, node)
         module, node = self._histories[key]
@@ -164,7 +166,14 @@ class Context(Builder):
         timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
         axes = value.axes.windowed(lambda window: replace(window, lag=window.lag + frames))
         tap = Tap(frames, scalar=not bare.frame)
-        return self.reframe(self.primitive("delay", tap, (history,), bare, timing, value.dtype), axes)
+        late = self.primitive("delay", tap, (history,), bare, timing, counted(value.dtype) or value.dtype)
+        return self.reframe(self.cast(late, value.dtype), axes)
+
+    def cast(self, value: Value, dtype: torch.dtype | None) -> Value:
+        """The value in another dtype (None: its own)."""
+        if dtype in (None, value.dtype):
+            return value
+        return self.call(torch.ops.aten.to.dtype, (value, dtype), value.axes, value.timing, dtype)
 
     def ask(self, query: Query) -> fx.Node:
         """The clock's answer to a question, ``(rows,)``."""

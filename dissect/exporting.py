@@ -225,13 +225,14 @@ def _set_apart(model: ir.Model, taken: set[str]) -> None:
 
 
 def _name_batch(model: ir.Model) -> None:
-    """The one dynamic dimension is called ``batch``, whatever torch named it."""
+    """The one dynamic dimension is called ``batch``, whatever torch named it; so many times the batch is another size."""
     graph = model.graph
     made = [value for node in graph.all_nodes() for value in node.outputs]
     for value in dict.fromkeys((*graph.inputs, *graph.outputs, *made)):
-        for dim, size in enumerate(value.shape or ()):
-            if isinstance(size, ir.SymbolicDim) and dim == 0:
-                value.shape[0] = ir.SymbolicDim("batch")  # type: ignore[index]
+        size = value.shape[0] if value.shape else None
+        if isinstance(size, ir.SymbolicDim):
+            times, star, _ = str(size.value).partition("*")
+            value.shape[0] = ir.SymbolicDim(f"{times}*batch" if star else "batch")  # type: ignore[index]
 
 
 def contract_of(

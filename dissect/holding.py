@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dissect.primitives import CacheSpec, History, Primitive, lifted, tap
 
-__all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps"]
+__all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps", "counted"]
+
+
+def counted(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of a cache of values that are no floats; None for floats, whose caches are what frames are.
+
+    A mask is kept as numbers, between which ONNX Runtime can choose.
+    """
+    return None if dtype.is_floating_point else torch.uint8 if dtype is torch.bool else dtype
 
 
 class Choose(Primitive):
@@ -27,13 +35,14 @@ class Choose(Primitive):
 class Hold(Primitive):
     """Sample and hold: the value where the mask is set, elsewhere the last value for which it was (zeros before the first)."""
 
-    def __init__(self, frame: Sequence[int]) -> None:
+    def __init__(self, frame: Sequence[int], dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.frame = tuple(frame)
+        self.dtype = dtype
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
-        return (CacheSpec(self.frame),)
+        return (CacheSpec(self.frame, self.dtype),)
 
     def forward(self, x: Tensor, mask: Tensor, caches: tuple[Tensor] | None = None, frames: int | None = None) -> Any:
         if frames is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dissect.holding import Hold
+from dissect.holding import Hold, counted
 from dissect.ledger import Axes, Axis, Factor, bare, plain_axis
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
@@ -116,8 +116,10 @@ def entry(ctx: Context, value: Value, dim: int) -> Value:
 def hold(ctx: Context, value: Value, mask: object) -> Value:
     """The value while the mask is set, then its last one."""
     x = ctx.reframe(value, bare(value.axes))
-    held = ctx.primitive("hold", Hold(x.axes.frame), (x, mask), x.axes, value.clock.plain(), value.dtype)
-    return ctx.reframe(held, value.axes)
+    x = ctx.cast(x, counted(x.dtype))
+    module = Hold(x.axes.frame, counted(x.dtype))
+    held = ctx.primitive("hold", module, (x, mask), x.axes, value.clock.plain(), x.dtype)
+    return ctx.reframe(ctx.cast(held, value.dtype), value.axes)
 
 
 def until(ctx: Context, value: Value, time: int) -> Value:

@@ -38,7 +38,7 @@ def forms_of(graph: ir.Graph, contract: Contract, ranges: Mapping[str, tuple[flo
     values = {value.name: value for value in graph.inputs} | {value.name: value for value in graph.outputs}
     forms: dict[str, Form] = {}
     for cache in contract.caches:
-        if cache.role != "cache" or cache.input in forms:
+        if cache.dtype != "float32" or cache.input in forms:
             continue
         group = _moved([values[cache.input], values[cache.output]], contract, values)
         mine = [other for other in contract.caches if other.input in group]

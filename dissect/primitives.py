@@ -63,20 +63,22 @@ class History(Primitive):
     """The last ``depth`` values of one tensor, kept for all who read its past.
 
     Chunk form: ``(N * T, C, ...)`` to ``(N, depth + T, C, ...)``. Step form: the pair ``(cache, value)``, so
-    that a reader takes only the frames it needs; with ``depth == 1`` the new cache is the value itself.
+    that a reader takes only the frames it needs; with ``depth == 1`` the new cache is the value itself. ``dtype`` is
+    that of values that are no floats (a mask, the places of maxima), whose cache is of their own kind.
     """
 
-    def __init__(self, frame: Sequence[int], depth: int = 1) -> None:
+    def __init__(self, frame: Sequence[int], depth: int = 1, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.frame = tuple(frame)
         self.depth = depth
+        self.dtype = dtype
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:  # type: ignore[override]
         if self.depth == 0:
             return ()
         channels, rest = (self.frame[0], self.frame[1:]) if self.frame else (1, ())
-        return (CacheSpec((self.depth * channels, *rest)),)
+        return (CacheSpec((self.depth * channels, *rest), self.dtype),)
 
     def forward(self, x: Tensor, caches: tuple[Tensor] | None = None, frames: int | None = None) -> Any:
         if x.dim() == 1:

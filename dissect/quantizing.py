@@ -97,7 +97,7 @@ def quantize(
         raise ExportError(f"{target}: name a file in a folder that exists.")
     runner = Runner(model, providers="cpu")
     contract = Contract.from_metadata(runner.metadata)
-    narrow = [cache.input for cache in contract.caches if cache.role == "cache" and cache.dtype != "float32"]
+    narrow = [cache.input for cache in contract.caches if cache.dtype == "float16" or cache.scale is not None]
     if narrow:
         raise StreamError(f"{narrow[0]} is no float32: quantise the step model as it was exported in float32.")
     held = [stream for source in streams for stream in streams_of(source, runner, frames)]
@@ -137,7 +137,7 @@ class _Observed:
     def see(self, time: int, results: Mapping[str, NDArray[Any]]) -> None:
         self.outputs.append((time, results[self.contract.outputs[0].name]))
         for cache in self.contract.caches:
-            if cache.role == "cache":
+            if cache.dtype == "float32":
                 value = results[cache.output]
                 low, high = self.ranges.get(cache.input, (0.0, 0.0))
                 self.ranges[cache.input] = (min(low, float(value.min())), max(high, float(value.max())))

@@ -46,8 +46,8 @@ def _strangers(program: ExportedProgram) -> set[Any]:
 
 
 def _definition(target: Any) -> Callable[..., Any] | None:
-    """torch's own definition of an operator by others; None where it has none."""
-    if target.namespace != "aten":
+    """torch's own definition of an operator by others; None where it has none, as a size has (of what a mask picks)."""
+    if target.namespace != "aten" or not any("Tensor" in str(out.type) for out in target._schema.returns):
         return None
     if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE.name):
         return partial(target._op_dk, _COMPOSITE)

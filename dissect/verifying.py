@@ -58,7 +58,7 @@ class _Verifier:
         self.stream = stream
         self.generator = torch.Generator().manual_seed(seed)
         self.say = say
-        leaf = next(leaf for leaf in stream.caches(1) if leaf.is_floating_point()) if stream.cache_list else None
+        leaf = next((leaf for leaf in stream.caches(1) if leaf.is_floating_point()), None)
         double = leaf is not None and leaf.dtype == torch.float64
         self.tolerance = 1e-9 if double else 1e-4
         self.rows: list[Check] = []
