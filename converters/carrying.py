@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from dissect.carried import carry, last_frame
+from dissect.carried import begin, carry, last_frame, later
 from dissect.context import Context, Refused, Value
 from dissect.converters.recurrence import fixed
+from dissect.holding import Choose
 from dissect.ledger import Axes, Axis, Factor, plain_axis
-from dissect.primitives import Primitive
+from dissect.primitives import Primitive, Query
 from dissect.recurrence import Loop
 from dissect.registry import converter
 from dissect.rewrite import converted
@@ -151,3 +152,23 @@ def last(ctx: Context, x: Value) -> Value:
     mark = frozenset({len(ctx.rows)})
     ctx.row("the newest position", exact=True)
     return Value(x.node, x.axes, x.clock.plain().but(running=False, pooled=x.clock.pooled | mark), x.dtype)
+
+
+@converter(later)
+def after_the_first(ctx: Context, x: Value) -> Value:
+    """Whether a frame is not the first position of a value, for each row of the batch."""
+    clock = ctx.settled(x).clock
+    node = ctx.ask(Query(clock.delay + clock.stride, 1, None))
+    return Value(node, Axes((Axis((Factor("N", ctx.captured.batch),)),)), clock.plain(), x.dtype)
+
+
+@converter(begin)
+def begun(ctx: Context, first: Value, x: Value, late: Value) -> Value:
+    """The first frame's own value, then that of all others."""
+    (first, x, late), timing = ctx.align([first, x, late])
+    if first.constant:
+        first = ctx.conform(first, x.axes)
+    elif first.shape != x.shape or [axis.kinds for axis in first.axes.dims] != [axis.kinds for axis in x.axes.dims]:
+        raise Refused("a Python loop over time whose first frame has dimensions of its own")
+    ctx.row("the first frame has a value of its own, by the clock", exact=True)
+    return ctx.primitive("begin", Choose(), (x, first, late), x.axes, timing.plain(), x.dtype)
