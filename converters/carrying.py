@@ -60,15 +60,7 @@ def loop(ctx: Context, inputs: Sequence[Value], first: Sequence[Value], shared: 
         placeholder = inner.graph.placeholder(node.name)
         values[node] = replace(value, node=placeholder, name=None, timing=None if value.constant else timing)
     outputs, new = walked(inner, body, values, ctx)
-    for axes, value in zip(carried, new, strict=True):
-        if (
-            value.constant
-            or [axis.kinds for axis in value.axes.dims] != [axis.kinds for axis in axes.dims]
-            or value.axes.shape != axes.shape
-        ):
-            raise Refused(
-                "a Python loop over time whose carried value changes its shape", "run it outside of the network"
-            )
+    new = [fitted(inner, value, axes) for axes, value in zip(carried, new, strict=True)]
     cell = inner.graph.output((tuple(value.node for value in outputs), tuple(value.node for value in new)))
     assert cell is not None
     inner.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -110,6 +102,17 @@ def walked(inner: Context, body: fx.Graph, values: dict[fx.Node, Any], ctx: Cont
         if node.op == "call_function":
             values[node] = converted(inner, node, values)
     raise AssertionError("a graph without an output")
+
+
+def fitted(ctx: Context, value: Value, axes: Axes) -> Value:
+    """The value with the ledger of a carried one: several dimensions of a frame may be one of the original, or none."""
+    same = value.shape == axes.shape and all(
+        own.kinds.replace("S", "") == other.kinds.replace("S", "") and own.kinds.find("N") == other.kinds.find("N")
+        for own, other in zip(value.axes.dims, axes.dims, strict=True)
+    )
+    if value.constant or not same:
+        raise Refused("a Python loop over time whose carried value changes its shape", "run it outside of the network")
+    return ctx.reframe(value, axes)
 
 
 def axes_of(value: Value, batch: int) -> Axes:
@@ -166,9 +169,6 @@ def after_the_first(ctx: Context, x: Value) -> Value:
 def begun(ctx: Context, first: Value, x: Value, late: Value) -> Value:
     """The first frame's own value, then that of all others."""
     (first, x, late), timing = ctx.align([first, x, late])
-    if first.constant:
-        first = ctx.conform(first, x.axes)
-    elif first.shape != x.shape or [axis.kinds for axis in first.axes.dims] != [axis.kinds for axis in x.axes.dims]:
-        raise Refused("a Python loop over time whose first frame has dimensions of its own")
+    first = ctx.conform(first, x.axes) if first.constant else fitted(ctx, first, x.axes)
     ctx.row("the first frame has a value of its own, by the clock", exact=True)
     return ctx.primitive("begin", Choose(), (x, first, late), x.axes, timing.plain(), x.dtype)

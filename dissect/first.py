@@ -41,6 +41,7 @@ class _First:
     def read(self) -> tuple[dict[Key, fx.Node], dict[int, fx.Node]]:
         wanted = [key for key in self.pairs if key[1] >= 0]
         self.pair(wanted)
+        alone: list[Key] = []
         for at, _ in self.loop.last:
             for time in range(self.reader.base):
                 key: Key = (("node", at), time)
@@ -48,9 +49,11 @@ class _First:
                 if key not in self.pairs:
                     self.pairs[key] = self.likely(at, time)
                     self.pair([key])
+                    alone.append(key)
         for time, at in sorted((time, place[1]) for place, time in self.pairs if place[0] == "node" and time >= 0):
             self.settle(at, time)
-        if not all(self.known(place, time, self.pairs[place, time]) for place, time in wanted):
+        unknown = any(not self.known(place, time, self.pairs[place, time]) for place, time in wanted)
+        if unknown or not self.uniform.issuperset(alone):
             raise Differ
         needed = self.needed(wanted)
         begun = {place[1]: self.pairs[place, time] for place, time in needed if (place, time) in self.begun}

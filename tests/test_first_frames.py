@@ -223,6 +223,39 @@ def with_the_last_frame(net: Net, x: Tensor) -> Tensor:
     return h + x[:, :, -1]
 
 
+def flattened(net: Net, x: Tensor) -> Tensor:
+    """One dimension of the state is several of a frame."""
+    state, out = None, []
+    for frame in frames(x):
+        y = net.each(frame).flatten(1)
+        state = y if state is None else net.share * y + (1 - net.share) * state
+        out.append(state.unflatten(1, frame.shape[1:]))
+    return torch.stack(out, 2)
+
+
+def tokens(net: Net, x: Tensor) -> Tensor:
+    """The batch and the places of a frame are one dimension of the state."""
+    state, out = None, []
+    for frame in frames(x):
+        y = net.each(frame).permute(0, 2, 3, 1).reshape(-1, 3)
+        state = y if state is None else torch.tanh(y @ net.begin.weight[:, :, 0, 0] + state)
+        out.append(state.view(frame.shape[0], *frame.shape[2:], 3).permute(0, 3, 1, 2))
+    return torch.stack(out, 2)
+
+
+def lstm(net: Net, x: Tensor) -> Tensor:
+    """Both hidden values from the features of the first frame."""
+    features = net.each(x.transpose(1, 2).flatten(0, 1)).mean((2, 3)).view(x.shape[0], -1, 3)
+    weight = net.three.weight.flatten()[:9].view(3, 3)
+    h, c = features[:, 0] @ weight, torch.tanh(features[:, 0])
+    out = []
+    for t in range(features.shape[1]):
+        c = torch.sigmoid(h) * c + features[:, t] @ weight
+        h = torch.tanh(c)
+        out.append(h)
+    return torch.stack(out, 2)
+
+
 LOOPS = [
     average,
     average_last,
@@ -244,7 +277,27 @@ LOOPS = [
     grown,
     running_sum,
     with_the_last_frame,
+    flattened,
+    tokens,
+    lstm,
 ]
+
+
+def mean(net: Net, x: Tensor) -> Tensor:
+    """Added up in the loop, from the number 0."""
+    h, total = torch.zeros_like(x[:, :, 0]), 0.0
+    for frame in frames(x):
+        h = net.cell(frame, h)
+        total = total + h  # type: ignore[assignment]
+    return total / x.shape[2]  # type: ignore[return-value]
+
+
+def mean_of_a_list(net: Net, x: Tensor) -> Tensor:
+    h, states = torch.zeros_like(x[:, :, 0]), []
+    for frame in frames(x):
+        h = net.cell(frame, h)
+        states.append(h)
+    return sum(states) / len(states)  # type: ignore[return-value]
 
 
 def made(run: Callable[[Net, Tensor], Any], **settings: int) -> tuple[nn.Module, Tensor]:
@@ -289,3 +342,30 @@ def test_the_first_position_may_be_late(run: Callable[[Net, Tensor], Any], strid
     assert any("loop over time" in row.decision for row in stream.plan)
     law(stream, clip)
     assert offline(stream, network, clip, (12, 7, 6, 5, 3, 1)) == 6
+
+
+@pytest.mark.parametrize("run", [mean, mean_of_a_list])
+def test_a_sum_over_a_loop_is_a_pool(run: Callable[[Net, Tensor], Any]) -> None:
+    """The window of the example, as torch.stack(states).mean(0) is, or everything so far."""
+    network, clip = made(run)
+    window = dissect.convert(network, clip[:, :, :FRAMES], preset="exact")
+    assert any("loop over time" in row.decision for row in window.plan)
+    assert any("window of 6, sum" in row.decision for row in window.plan)
+    law(window, clip)
+    assert offline(window, network, clip, (FRAMES,)) == 1
+    running = dissect.convert(network, clip[:, :, :FRAMES], preset="exact", pool="cumulative")
+    law(running, clip)
+    assert offline(running, network, clip, (2 * FRAMES, FRAMES + 1, FRAMES, 2)) == 4
+
+
+def test_what_a_recurrence_would_refuse_stays_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dissect.converters import carrying
+
+    def refuse(*_: Any) -> None:
+        raise carrying.Refused("a shape")
+
+    monkeypatch.setattr(carrying, "fitted", refuse)
+    network, clip = made(average)
+    stream = dissect.convert(network, clip[:, :, :FRAMES], preset="exact")
+    assert not any("loop over time" in row.decision for row in stream.plan)
+    assert offline(stream, network, clip, (FRAMES,)) == 1
