@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from dissect.carried import carry, last_frame
+from dissect.carried import begin, carry, last_frame, later
 from dissect.context import Context, Refused, Value
 from dissect.converters.recurrence import fixed
+from dissect.holding import Choose
 from dissect.ledger import Axes, Axis, Factor, plain_axis
-from dissect.primitives import Primitive
+from dissect.primitives import Primitive, Query
 from dissect.recurrence import Loop
 from dissect.registry import converter
 from dissect.rewrite import converted
@@ -59,15 +60,7 @@ def loop(ctx: Context, inputs: Sequence[Value], first: Sequence[Value], shared: 
         placeholder = inner.graph.placeholder(node.name)
         values[node] = replace(value, node=placeholder, name=None, timing=None if value.constant else timing)
     outputs, new = walked(inner, body, values, ctx)
-    for axes, value in zip(carried, new, strict=True):
-        if (
-            value.constant
-            or [axis.kinds for axis in value.axes.dims] != [axis.kinds for axis in axes.dims]
-            or value.axes.shape != axes.shape
-        ):
-            raise Refused(
-                "a Python loop over time whose carried value changes its shape", "run it outside of the network"
-            )
+    new = [fitted(inner, value, axes) for axes, value in zip(carried, new, strict=True)]
     cell = inner.graph.output((tuple(value.node for value in outputs), tuple(value.node for value in new)))
     assert cell is not None
     inner.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -111,6 +104,17 @@ def walked(inner: Context, body: fx.Graph, values: dict[fx.Node, Any], ctx: Cont
     raise AssertionError("a graph without an output")
 
 
+def fitted(ctx: Context, value: Value, axes: Axes) -> Value:
+    """The value with the ledger of a carried one: several dimensions of a frame may be one of the original, or none."""
+    same = value.shape == axes.shape and all(
+        own.kinds.replace("S", "") == other.kinds.replace("S", "") and own.kinds.find("N") == other.kinds.find("N")
+        for own, other in zip(value.axes.dims, axes.dims, strict=True)
+    )
+    if value.constant or not same:
+        raise Refused("a Python loop over time whose carried value changes its shape", "run it outside of the network")
+    return ctx.reframe(value, axes)
+
+
 def axes_of(value: Value, batch: int) -> Axes:
     """The ledger of a carried value, read off the size of its first one: the first dimension that holds the batch is it."""
     dims: list[Axis] = []
@@ -151,3 +155,20 @@ def last(ctx: Context, x: Value) -> Value:
     mark = frozenset({len(ctx.rows)})
     ctx.row("the newest position", exact=True)
     return Value(x.node, x.axes, x.clock.plain().but(running=False, pooled=x.clock.pooled | mark), x.dtype)
+
+
+@converter(later)
+def after_the_first(ctx: Context, x: Value) -> Value:
+    """Whether a frame is not the first position of a value, for each row of the batch."""
+    clock = ctx.settled(x).clock
+    node = ctx.ask(Query(clock.delay + clock.stride, 1, None))
+    return Value(node, Axes((Axis((Factor("N", ctx.captured.batch),)),)), clock.plain(), x.dtype)
+
+
+@converter(begin)
+def begun(ctx: Context, first: Value, x: Value, late: Value) -> Value:
+    """The first frame's own value, then that of all others."""
+    (first, x, late), timing = ctx.align([first, x, late])
+    first = ctx.conform(first, x.axes) if first.constant else fitted(ctx, first, x.axes)
+    ctx.row("the first frame has a value of its own, by the clock", exact=True)
+    return ctx.primitive("begin", Choose(), (x, first, late), x.axes, timing.plain(), x.dtype)

@@ -14,16 +14,27 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.capturing import Captured
-from dissect.carrying import Carrying
-from dissect.unrolling import frame_in, frame_of, frames_to
+from dissect.carrying import Carrying, End, filled
+from dissect.copies import operands, said
+from dissect.unrolling import frame_in, frame_of, instead, together
 
-__all__ = ["carried", "carry", "last_frame"]
+__all__ = ["begin", "carried", "carry", "last_frame", "later"]
 
 aten = torch.ops.aten
 
 
 def carry(inputs: Sequence[Tensor], first: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Marks a recurrence; its body is in the node's ``meta``. Results: of every frame, then the carried values after it."""
+    raise NotImplementedError
+
+
+def later(x: Tensor) -> Tensor:
+    """Marks a number for each row of the batch: 0 at the first frame of a loop, whose frame is ``x``, then 1."""
+    raise NotImplementedError
+
+
+def begin(first: Tensor, x: Tensor, late: Tensor) -> Tensor:
+    """Marks a choice: ``first`` at the first frame of a loop, then ``x``."""
     raise NotImplementedError
 
 
@@ -44,122 +55,158 @@ class _Writer:
     """Writes a loop as its parts: what is before the recurrence, its body, and what is after."""
 
     def __init__(self, captured: Captured, loop: Carrying) -> None:
+        self.captured = captured
         self.graph = captured.graph
         self.loop = loop
-        self.nodes = list(loop.copies[1])
-        self.before = {node: at for at, node in enumerate(loop.copies[0])}
-        self.at = {node: at for at, node in enumerate(self.nodes)}
         self.clones: dict[Any, fx.Node] = {}
-
-    def slot(self, node: fx.Node) -> int | None:
-        """Which carried value the second copy reads in a node of the first."""
-        if node in self.before:
-            where: Any = ("node", self.before[node])
-        else:
-            frame = frame_in(node)
-            if frame is None or frame.index != 0 or (frame.source, frame.dim) not in self.loop.sources:
-                return None
-            where = ("frame", frame.source, frame.dim, frame.keepdim)
-        return next((at for at, slot in enumerate(self.loop.slots) if slot.place == where), None)
+        self.opening: dict[fx.Node, fx.Node] = {}
+        self.made: dict[Any, fx.Node] = {}
 
     def regions(self) -> tuple[set[int], set[int]]:
         """The places of the body, and of all that depends on carried values."""
-        reads: list[list[int]] = []
+        reads = [[ref[1] for ref in refs if ref[0] == "node"] for refs in self.loop.reads]
+        body = {at for at, refs in enumerate(self.loop.reads) if any(ref[0] == "slot" for ref in refs)}
         dependent: set[int] = set()
-        body: set[int] = set()
-        for at, node in enumerate(self.nodes):
-            args = [] if node is None else node.all_input_nodes
-            reads.append([self.at[arg] for arg in args if arg in self.at])
-            if any(arg not in self.at and self.slot(arg) is not None for arg in args):
-                body.add(at)
-            if at in body or dependent & set(reads[at]):
+        for at, before in enumerate(reads):
+            if at in body or dependent & set(before):
                 dependent.add(at)
         feeding: set[int] = set()
-        queue = [slot.place[1] for slot in self.loop.slots if slot.place[0] == "node"]
+        queue = [place[1] for place, _ in self.loop.slots if place[0] == "node"]
         while queue:
             at = queue.pop()
             if at not in feeding:
                 feeding.add(at)
                 queue.extend(reads[at])
         body |= dependent & feeding
-        for at, node in enumerate(self.nodes):  # the results of an operator with several stay with it
-            if node is not None and node.target is operator.getitem and body & set(reads[at]):
+        for at, node in enumerate(self.loop.nodes):  # the results of an operator with several stay with it
+            if node.target is operator.getitem and body & set(reads[at]):
                 body.add(at)
         return body, dependent
 
     def write(self) -> None:
+        loop = self.loop
         body, dependent = self.regions()
-        ends = [user for user, _ in self.loop.ends]
-        lasts = [self.loop.copies[-1][at] for at in self.loop.last]
-        inside = {node for nodes in self.loop.copies for node in nodes}
-        after = [user for node in lasts if node is not None for user in node.users if user not in inside]
+        closing = [end.node for end in loop.ends]
+        after = [user for _, node in loop.last for user in node.users if user not in loop.copied]
         order = {node: at for at, node in enumerate(self.graph.nodes)}
-        spot = min((*ends, *after), key=lambda node: order[node])
+        spot = min((*(end.way for end in loop.ends), *after), key=lambda node: order[node])
         with self.graph.inserting_before(spot):
-            for at, node in enumerate(self.nodes):
-                if at not in dependent and node is not None:
-                    self.clones[at] = self.clone(node, self.outer)
-            self.write_body(body, {at for _, at in self.loop.ends} | set(self.loop.last))
-            for at, node in enumerate(self.nodes):
-                if at in dependent and at not in body and node is not None:
-                    self.clones[at] = self.clone(node, self.outer)
-            for user, at in self.loop.ends:
-                self.finish(user, at)
-            for at in self.loop.last:
-                last = self.loop.copies[-1][at]
-                assert last is not None
-                result = self.graph.create_node(
-                    "call_function", last_frame, (self.clones[at],), name=f"last_{last.name}"
-                )
-                result.meta = dict(last.meta)
-                for user in [user for user in last.users if user not in inside and user not in ends]:
-                    user.replace_input_with(last, result)
+            self.write_opening()
+            for at in range(len(loop.nodes)):
+                if at not in dependent:
+                    self.write_outside(at)
+            self.write_body(body, {end.place for end in loop.ends} | {at for at, _ in loop.last})
+            for at in range(len(loop.nodes)):
+                if at in dependent and at not in body:
+                    self.write_outside(at)
+            lasts = [(self.last_of(at, node), node) for at, node in loop.last]
+        for result, node in lasts:
+            for user in [user for user in node.users if user not in loop.copied and user not in closing]:
+                user.replace_input_with(node, result)
+        for end in loop.ends:
+            self.finish(end)
 
-    def finish(self, user: fx.Node, at: int) -> None:
+    def finish(self, end: End) -> None:
         """All results of a place, put together as the original puts them."""
-        rank = user.meta["val"].dim()
-        dim = int(user.args[1]) % rank if len(user.args) > 1 else 0  # type: ignore[arg-type]
-        args = (self.clones[at], dim, len(self.loop.copies), user.target is aten.stack.default)
-        result = self.graph.create_node("call_function", frames_to, args, name=f"rolled_{user.name}")
-        result.meta = dict(user.meta)
-        name = user.name
-        user.replace_all_uses_with(result)
-        self.graph.erase_node(user)
-        result.name = name
+        with self.graph.inserting_before(end.node):
+            instead(end.node, together(end.node, end.way, self.clones[end.place], self.loop.count, end.start))
 
-    def clone(self, node: fx.Node, read: Any, graph: fx.Graph | None = None) -> fx.Node:
+    def last_of(self, at: int, node: fx.Node) -> fx.Node:
+        result = self.graph.create_node("call_function", last_frame, (self.clones[at],), name=f"last_{node.name}")
+        result.meta = dict(node.meta)
+        return result
+
+    # -- outside of the body
+
+    def clone(self, node: fx.Node, given: Sequence[fx.Node], graph: fx.Graph | None = None) -> fx.Node:
+        """A node that reads ``given`` instead; outside of the body, what computes the same is made once."""
         leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+        ready = iter(given)
         args, kwargs = pytree.tree_unflatten(
-            [read(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec
+            [next(ready) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec
         )
         made = (graph or self.graph).create_node("call_function", node.target, args, kwargs, name=f"rolled_{node.name}")
         made.meta = dict(node.meta)
-        return made
+        if graph is not None or node.target is torch.ops.dissect.dropout.default:
+            return made
+        first = self.made.setdefault(said(made), made)
+        if first is not made:
+            self.graph.erase_node(made)
+        return first
 
-    def outer(self, node: fx.Node) -> fx.Node:
-        """What a node of the second copy is outside the body."""
-        if node in self.at:
-            return self.clones[self.at[node]]
+    def marked(self, target: Any, args: tuple[Any, ...], like: fx.Node, graph: fx.Graph | None = None) -> fx.Node:
+        node = (graph or self.graph).create_node("call_function", target, args, name=f"rolled_{like.name}")
+        node.meta = dict(like.meta)
+        return node
+
+    def write_opening(self) -> None:
+        """What the first frame alone computes, for every frame, as far as it is asked for."""
+        wanted = [*self.loop.begun.values(), *(node for node in self.loop.slots.values() if node is not None)]
+        needed: set[fx.Node] = set()
+        inside = set(self.loop.opening)
+        while wanted:
+            node = wanted.pop()
+            if node in inside and node not in needed:
+                needed.add(node)
+                wanted.extend(node.all_input_nodes)
+        for node in self.loop.opening:
+            if node in needed:
+                self.opening[node] = self.clone(node, [self.early(arg) for arg in operands(node)])
+
+    def early(self, node: fx.Node) -> fx.Node:
+        """A node of the first frame, as what it is for every frame."""
         frame = frame_in(node)
+        if node in self.opening:
+            return self.opening[node]
         if frame is None or (frame.source, frame.dim) not in self.loop.sources:
             return node
-        key = (frame.source, frame.dim, frame.keepdim)
-        if key not in self.clones:
-            marked = self.graph.create_node("call_function", frame_of, key, name=f"rolled_{node.name}")
-            marked.meta = dict(node.meta)
-            self.clones[key] = marked
-        return self.clones[key]
+        return self.fetch(("frame", frame.source, frame.dim, frame.keepdim))
+
+    def moves(self, node: fx.Node | None) -> bool:
+        """Whether something computed from the first frame stands for a value."""
+        return node is not None and self.early(node) is not node
+
+    def fetch(self, ref: Any) -> fx.Node:
+        """What a node outside of the body reads."""
+        kind, *rest = ref
+        if kind == "same":
+            node: fx.Node = rest[0]
+            return node
+        if kind == "node":
+            return self.clones[rest[0]]
+        if ref not in self.clones:
+            source, dim, keepdim = rest
+            node = self.graph.create_node("call_function", frame_of, (source, dim, keepdim))
+            node.meta = {**source.meta, "val": frame_of(source.meta["val"], dim, keepdim)}
+            self.clones[ref] = node
+        return self.clones[ref]
+
+    @property
+    def late(self) -> fx.Node:
+        """Which frames come after the first."""
+        if "late" not in self.clones:
+            source, dim = self.loop.sources[0]
+            frame = self.fetch(("frame", source, dim, False))
+            self.clones["late"] = self.marked(later, (frame,), frame)
+            self.clones["late"].meta["val"] = frame.meta["val"].new_ones(self.captured.batch)
+        return self.clones["late"]
+
+    def write_outside(self, at: int) -> None:
+        node = self.loop.nodes[at]
+        made = self.clone(node, [self.fetch(ref) for ref in self.loop.reads[at]])
+        if at in self.loop.begun:
+            first = self.early(self.loop.begun[at])
+            made = made if first is made else self.marked(begin, (first, made, self.late), node)
+        self.clones[at] = made
+
+    # -- the body
 
     def write_body(self, body: set[int], read_outside: set[int]) -> None:
         """The carry node and, in its ``meta``, its body: a graph of inputs, carried values and shared values."""
         graph = fx.Graph()
         given: dict[str, dict[fx.Node, fx.Node]] = {"input": {}, "shared": {}}
-        states = []
-        for index, slot in enumerate(self.loop.slots):
-            state = graph.placeholder(f"carried_{index}")
-            state.meta = dict(slot.first.meta)
-            states.append(state)
         inner: dict[int, fx.Node] = {}
+        states: dict[Any, fx.Node] = {}
 
         def hand(node: fx.Node, kind: str) -> fx.Node:
             if node not in given[kind]:
@@ -168,42 +215,50 @@ class _Writer:
                 given[kind][node] = held
             return given[kind][node]
 
-        def read(node: fx.Node) -> fx.Node:
-            if node in self.at:
-                at = self.at[node]
-                return inner[at] if at in inner else hand(self.outer(node), "input")
-            index = self.slot(node)
-            if index is not None:
-                return states[index]
-            outer = self.outer(node)
-            return hand(outer, "input" if outer.target is frame_of else "shared")
+        def read(ref: Any) -> fx.Node:
+            if ref[0] == "slot":
+                return states[ref[1:]]
+            if ref[0] == "node" and ref[1] in inner:
+                return inner[ref[1]]
+            return hand(self.fetch(ref), "shared" if ref[0] == "same" else "input")
 
-        for at, node in enumerate(self.nodes):
-            if at in body and node is not None:
-                inner[at] = self.clone(node, read, graph)
-        new = []
-        for slot in self.loop.slots:
-            kind, *rest = slot.place
-            node = self.nodes[rest[0]] if kind == "node" else None
-            if node is not None:
-                new.append(read(node))
-            else:
-                source, dim, keepdim = rest
-                frame = next(
-                    n for n in source.users if (f := frame_in(n)) and (f.dim, f.index, f.keepdim) == (dim, 1, keepdim)
-                )
-                new.append(hand(self.outer(frame), "input"))
-        wanted = [
-            at
-            for at in sorted(body)
-            if at in read_outside or any(self.at.get(user, at) not in body for user in self.nodes[at].users)  # type: ignore[union-attr]
-        ]
+        def first(node: fx.Node) -> fx.Node:
+            return hand(self.early(node), "input" if self.moves(node) else "shared")
+
+        for index, (place, age) in enumerate(self.loop.slots):
+            states[place, age] = graph.placeholder(f"carried_{index}")
+            states[place, age].meta = dict(self.like(place).meta)
+        started = []
+        for key, node in self.loop.slots.items():
+            like = self.like(key[0])
+            if node is not None and self.moves(node):
+                states[key] = self.marked(begin, (first(node), states[key], hand(self.late, "input")), like, graph)
+                node = None
+            started.append(filled(self.captured, like, 0.0) if node is None else node)
+        for at, node in enumerate(self.loop.nodes):
+            if at in body:
+                inner[at] = self.clone(node, [read(ref) for ref in self.loop.reads[at]], graph)
+                if at in self.loop.begun:
+                    chosen = (first(self.loop.begun[at]), inner[at], hand(self.late, "input"))
+                    inner[at] = self.marked(begin, chosen, node, graph)
+        new = [read(place) if age == 1 else states[place, age - 1] for place, age in self.loop.slots]
+        readers: dict[int, set[int]] = {at: set() for at in body}
+        for at, refs in enumerate(self.loop.reads):
+            for ref in refs:
+                if ref[0] == "node" and ref[1] in body:
+                    readers[ref[1]].add(at)
+        wanted = [at for at in sorted(body) if at in read_outside or readers[at] - body]
         graph.output(([inner[at] for at in wanted], new))
-        first = [slot.first for slot in self.loop.slots]
-        node = self.graph.create_node("call_function", carry, (list(given["input"]), first, list(given["shared"])))
-        node.meta = dict(next(iter(node for node in self.nodes if node is not None)).meta)
+        if "late" in self.clones and self.late in given["input"]:  # what has the caches' dtype comes first
+            given["input"][self.late] = given["input"].pop(self.late)
+        node = self.graph.create_node("call_function", carry, (list(given["input"]), started, list(given["shared"])))
+        node.meta = dict(self.loop.nodes[0].meta)
         node.meta.update({"val": None, "body": graph, "given": given})
         for index, at in enumerate(wanted):
             part = self.graph.call_function(operator.getitem, (node, index))
-            part.meta = dict(self.nodes[at].meta)  # type: ignore[union-attr]
+            part.meta = dict(self.loop.nodes[at].meta)
             self.clones[at] = part
+
+    def like(self, place: Any) -> fx.Node:
+        """A node with the shape of a place."""
+        return self.loop.nodes[place[1]] if place[0] == "node" else self.fetch(place)

@@ -3,25 +3,27 @@
 ``for t in range(T): h = cell(x[:, t], h)`` is captured as T copies of ``cell``, each of which reads the one before. Where all
 copies are one function of their frame and of the values before, what they compute from the frame alone is done for every
 frame by itself (between markers, see :mod:`dissect.unrolling`), what follows from the results too, and what lies between
-is the body of a recurrence (:mod:`dissect.carried`). The law: the graph computes what it computed before. What differs from copy to copy in
-anything but the index of the frame is left as it is.
+is the body of a recurrence (:mod:`dissect.carried`). The law: the graph computes what it computed before. What differs from
+copy to copy in anything but the index of the frame is left as it is; the first copies alone may differ (:mod:`dissect.first`),
+since a stream knows its first frame.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
+from torch import fx
 
 from dissect.capturing import Captured
-from dissect.unrolling import Frame, frame_in
+from dissect.copies import Differ, alike, operands, said
+from dissect.first import first_frames
+from dissect.unrolling import SUMS, Frame, ends, frame_in, instead
 
-__all__ = ["FILLED", "Carrying", "Slot", "recurring"]
+__all__ = ["FILLED", "Carrying", "End", "Reader", "filled", "recurring"]
 
 aten = torch.ops.aten
 #: operators that give a tensor of one number, and the number; they read an activation for its size alone
@@ -39,77 +41,104 @@ _LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.i
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A carried value: the node of a copy that makes it, by its place, and what stands for it in the first copy."""
+class End:
+    """What puts results of a place together: ``node`` is the value, ``way`` the operator; the first ``start`` are left out."""
 
-    place: Any
-    first: fx.Node
+    node: fx.Node
+    way: fx.Node
+    place: int
+    start: int = 0
 
 
 @dataclass
 class Carrying:
     """A loop that was written out.
 
-    copies    the nodes of each copy, in step: ``copies[i][k]`` is node ``k`` of copy ``i``; None where the last has none
-    slots     the values that it carries
+    A *place* is a node of every copy: ``("node", k)`` for node ``k`` of each, ``("frame", source, dim, keepdim)`` for its
+    frame. ``reads[k]`` says what node ``k`` reads, operand by operand: a place; ``("slot", place, age)`` for what the place
+    was ``age`` frames ago; ``("same", node)`` for what is the same for all.
+
+    count     how many frames it goes over
+    nodes     one copy that stands for all
+    slots     what is carried, ``(place, age)``, and what stands for it at the first frame; None where nothing reads it there
+    begun     the places that are something else at the first frame, and what
+    opening   all that is computed from the first frame alone
     sources   the tensors, and dimensions, whose frames it takes
-    ends      nodes that put results together, and the place of those; ``last`` the places of results read once, at the end
+    ends      what puts results together; ``last`` the places of results read once, at the end, and those results
+    copied    every node of every copy
     """
 
-    copies: list[list[fx.Node | None]]
-    slots: list[Slot] = field(default_factory=list)
+    count: int
+    nodes: list[fx.Node]
+    reads: list[tuple[Any, ...]]
+    slots: dict[tuple[Any, int], fx.Node | None] = field(default_factory=dict)
+    begun: dict[int, fx.Node] = field(default_factory=dict)
+    opening: list[fx.Node] = field(default_factory=list)
     sources: list[tuple[fx.Node, int]] = field(default_factory=list)
     shared: list[fx.Node] = field(default_factory=list)
-    ends: list[tuple[fx.Node, int]] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
+    last: list[tuple[int, fx.Node]] = field(default_factory=list)
+    copied: set[fx.Node] = field(default_factory=set)
 
-
-class _Differ(Exception):
-    """The copies are not the same function."""
+    @property
+    def plain(self) -> bool:
+        """Whether all copies are the same, from numbers that no frame has a part in."""
+        first = [node for node in self.slots.values() if node in self.opening or (node and frame_in(node))]
+        ends = all(end.start == 0 and end.way is end.node and end.way.target not in SUMS for end in self.ends)
+        return not first and not self.begun and ends and all(age == 1 for _, age in self.slots)
 
 
 def recurring(captured: Captured) -> list[Carrying]:
     """The loops of a graph that carry values; one at a time can be rolled."""
     _uproot(captured)
     _all_results(captured)
-    frames: dict[tuple[fx.Node, int], dict[int, list[fx.Node]]] = {}
-    for node in captured.graph.nodes:
-        frame = frame_in(node) if node.op == "call_function" else None
-        if frame is not None:
-            frames.setdefault((frame.source, frame.dim), {}).setdefault(frame.index, []).append(node)
-    whole = {key: found for key, found in frames.items() if len(found) == key[0].meta["val"].shape[key[1]] > 1}
+    if not _whole(captured):
+        return []
+    _one_constant(captured)
+    whole = _whole(captured)
     done: list[Carrying] = []
     for (source, dim), found in whole.items():
         # One loop at a time: frames of what comes out of it are another's.
         beside = [key for key in whole if len(whole[key]) == len(found) and not _follows(key[0], found[0])]
         if (source, dim) not in beside or any(key in loop.sources for loop in done for key in beside):
             continue
-        try:
-            done.append(_Reader(captured, len(found), beside).read())
-        except _Differ:
-            continue
+        for base in range(min(3, len(found) - 1)):
+            try:
+                done.append(Reader(captured, len(found), beside, base).read())
+                break
+            except Differ:
+                continue
     return done
+
+
+def _whole(captured: Captured) -> dict[tuple[fx.Node, int], dict[int, list[fx.Node]]]:
+    """The tensors, and dimensions, all frames of which are taken one by one."""
+    frames: dict[tuple[fx.Node, int], dict[int, list[fx.Node]]] = {}
+    for node in captured.graph.nodes:
+        frame = frame_in(node) if node.op == "call_function" else None
+        if frame is not None:
+            frames.setdefault((frame.source, frame.dim), {}).setdefault(frame.index, []).append(node)
+    return {key: found for key, found in frames.items() if len(found) == key[0].meta["val"].shape[key[1]] > 1}
 
 
 def _uproot(captured: Captured) -> None:
     """Tensors of one number that take their size from a frame take it from the clip: they are the same for every copy."""
-    root = next(node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs)
     for node in list(captured.graph.nodes):
         if node.target not in FILLED or node.args[0].op == "placeholder":
             continue
         value = FILLED[node.target]
-        number = node.args[-1] if value is None else value
-        kwargs = {} if node.meta["val"].dtype == root.meta["val"].dtype else {"dtype": node.meta["val"].dtype}
         with captured.graph.inserting_before(node):
-            args = (root, list(node.meta["val"].shape), number)
-            made = captured.graph.create_node(
-                "call_function", aten.new_full.default, args, kwargs, name=f"{node.name}_like"
-            )
-        made.meta = dict(node.meta)
-        name = node.name
-        node.replace_all_uses_with(made)
-        captured.graph.erase_node(node)
-        made.name = name
+            instead(node, filled(captured, node, node.args[-1] if value is None else value))
+
+
+def filled(captured: Captured, like: fx.Node, number: float) -> fx.Node:
+    """A tensor of one number, as large as the value of ``like``."""
+    root = next(node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.inputs)
+    kwargs = {} if like.meta["val"].dtype == root.meta["val"].dtype else {"dtype": like.meta["val"].dtype}
+    args = (root, list(like.meta["val"].shape), number)
+    made = captured.graph.create_node("call_function", aten.new_full.default, args, kwargs, name=f"{like.name}_like")
+    made.meta = dict(like.meta)
+    return made
 
 
 def _all_results(captured: Captured) -> None:
@@ -140,14 +169,34 @@ def _follows(node: fx.Node, frames: Sequence[fx.Node]) -> bool:
     return False
 
 
-class _Reader:
-    """Reads the copies of a loop over frames, node by node, in the order of the graph."""
+def _one_constant(captured: Captured) -> None:
+    """Constants that are computed alike are one node: each copy of a loop has made its own."""
+    known: dict[Any, fx.Node] = {}
+    fixed = {node for node in captured.graph.nodes if node.op == "placeholder" and node.name in captured.tensors}
+    for node in list(captured.graph.nodes):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if (
+            node.op != "call_function"
+            or random
+            or not (node.target in FILLED or fixed.issuperset(node.all_input_nodes))
+        ):
+            continue
+        fixed.add(node)
+        first = known.setdefault(said(node), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            captured.graph.erase_node(node)
 
-    def __init__(self, captured: Captured, count: int, sources: Sequence[tuple[fx.Node, int]]) -> None:
+
+class Reader:
+    """Reads the copies of a loop over frames, node by node, in the order of the graph; the first ``base`` may differ."""
+
+    def __init__(self, captured: Captured, count: int, sources: Sequence[tuple[fx.Node, int]], base: int) -> None:
         self.count = count
+        self.base = base
         self.frames: dict[fx.Node, Frame] = {}
         self.depth: dict[fx.Node, int] = {}
-        self.lists: list[list[fx.Node]] = [[] for _ in range(count)]
+        owners = (aten.unbind.int, aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
         for node in captured.graph.nodes:
             if node.op != "call_function":
                 continue
@@ -157,66 +206,145 @@ class _Reader:
                 self.depth[node] = frame.index
                 continue
             depth = max((self.depth.get(arg, -1) for arg in node.all_input_nodes), default=-1)
-            owner = node.target in (
-                aten.unbind.int,
-                aten.split.Tensor,
-                aten.chunk.default,
-                aten.split_with_sizes.default,
-            )
-            if depth >= 0 and not (owner and any(user in self.frames for user in node.users)):
+            if depth >= 0 and not (node.target in owners and any(user in self.frames for user in node.users)):
                 self.depth[node] = depth
+        self.chains: dict[fx.Node, tuple[fx.Node, list[fx.Node]]] = {}
+        for node in self.depth:
+            self.read_chain(node)
+        self.lists: list[list[fx.Node]] = [[] for _ in range(count)]
+        for node, depth in self.depth.items():
+            if node not in self.frames and node not in self.chains:
                 self.lists[depth].append(node)
-        self.place = {node: at for nodes in self.lists[:-1] for at, node in enumerate(nodes)}
-        self.slots: dict[tuple[Any, fx.Node], Slot] = {}
-        self.shared: dict[fx.Node, None] = {}
+        # What only a copy after the last would read is not there: of the last copy, and of the one before.
+        short = count - base > 3 and len(self.lists[-2]) < len(self.lists[base])
+        self.full = count - 2 if short else count - 1
+        self.place = {node: at for nodes in self.lists[base : self.full] for at, node in enumerate(nodes)}
+        self.first: dict[tuple[Any, int], fx.Node] = {}
+
+    def read_chain(self, node: fx.Node) -> None:
+        """Results added up one by one are an end."""
+        if node.target not in SUMS:
+            return
+        least = max(3, self.count - self.base)
+        for terms in ends(node):
+            depths = [self.depth.get(term) for term in terms]
+            inner, at = [node], node.args[0]
+            while isinstance(at, fx.Node) and at not in terms:
+                inner.append(at)
+                at = at.args[0]
+            if len(terms) >= least and depths == list(range(self.count - len(terms), self.count)):
+                self.chains.update(dict.fromkeys(inner, (node, terms)))
 
     def read(self) -> Carrying:
-        size = len(self.lists[0])
-        if not size or any(len(nodes) != size for nodes in self.lists[:-1]):
-            raise _Differ
-        if self.count == 2:
-            self.place.update({node: at for at, node in enumerate(self.lists[1][:size])})
-        for index in range(1, self.count - 1):
-            for before, node in zip(self.lists[index - 1], self.lists[index], strict=True):
-                if not self.same(before, node, index):
-                    raise _Differ
-        last = self.match_last()
-        if not self.slots:
-            raise _Differ
-        copies: list[list[fx.Node | None]] = [*map(list, self.lists[:-1]), last]  # type: ignore[list-item]
-        sources = dict.fromkeys((frame.source, frame.dim) for frame in self.frames.values())
-        loop = Carrying(copies, list(self.slots.values()), list(sources), list(self.shared))
-        self.read_ends(loop)
+        nodes = self.lists[self.base]
+        if not nodes or any(len(other) != len(nodes) for other in self.lists[self.base : self.full]):
+            raise Differ
+        rest = self.compared() if self.count - self.base > 2 else [self.two(nodes)]
+        wanted = [ref[1:] for refs in self.reads for ref in refs if ref[0] == "slot"]
+        if not wanted:
+            raise Differ
+        ages: dict[Any, int] = {}
+        for place, age in wanted:
+            ages[place] = max(age, ages.get(place, 0))
+        loop = Carrying(self.count, nodes, self.reads)
+        loop.sources = list(dict.fromkeys((frame.source, frame.dim) for frame in self.frames.values()))
+        loop.opening = self.lists[0]
+        self.read_ends(loop, [*self.lists[self.base : self.full], *rest])
+        firsts, loop.begun = first_frames(self, loop)
+        loop.slots = {(place, age): firsts.get((place, -age)) for place in ages for age in range(1, ages[place] + 1)}
+        same = [ref[1] for refs in self.reads for ref in refs if ref[0] == "same"]
+        outside = [arg for node in self.lists[0] for arg in node.all_input_nodes if self.depth.get(arg, -1) < 0]
+        loop.shared = list(dict.fromkeys(node for node in (*same, *outside)))
         return loop
 
-    def same(self, before: fx.Node, node: fx.Node, index: int, places: dict[fx.Node, int] | None = None) -> bool:
-        """Whether ``node`` does in copy ``index`` what ``before`` does in the copy before."""
-        places = self.place if places is None else places
-        if before.target is not node.target or _shape(before) != _shape(node):
-            return False
-        old, spec = pytree.tree_flatten((before.args, dict(before.kwargs)))
-        new, other = pytree.tree_flatten((node.args, dict(node.kwargs)))
-        if spec != other or len(old) != len(new):
-            return False
-        found: dict[tuple[Any, fx.Node], Slot] = {}
-        for p, q in zip(old, new, strict=True):
-            if not isinstance(p, fx.Node) or not isinstance(q, fx.Node):
-                if isinstance(p, fx.Node) or isinstance(q, fx.Node) or type(p) is not type(q) or p != q:
+    def compared(self) -> list[list[fx.Node | None]]:
+        """What the nodes of one copy read, which all others must read, too; the nodes of those that are not whole."""
+        index = self.full - 1
+        given = [self.derived(node, index) for node in self.lists[index]]
+        self.reads = [refs for refs in given if refs is not None]
+        if len(self.reads) < len(given):
+            raise Differ
+        model = self.lists[index]
+        for at in range(self.base, index):
+            for like, node, refs in zip(model, self.lists[at], self.reads, strict=True):
+                if not alike(like, node) or not self.read_as(node, refs, at):
+                    raise Differ
+        return [
+            self.matched(index, model, lambda at, node, index: self.derived(node, index) == self.reads[at])
+            for index in range(self.full, self.count)
+        ]
+
+    def two(self, nodes: list[fx.Node]) -> list[fx.Node | None]:
+        """Two copies, the second of which may be followed by what comes after the loop."""
+        self.reads = []
+
+        def fits(at: int, node: fx.Node, index: int) -> bool:
+            refs = self.derived(node, index)
+            if refs is None or not self.read_as(nodes[at], refs, self.base):
+                return False
+            self.reads.append(refs)
+            return True
+
+        last = self.matched(self.count - 1, nodes, fits)
+        if None in last:
+            raise Differ
+        return last
+
+    def matched(self, index: int, model: Sequence[fx.Node], fits: Callable[..., bool]) -> list[fx.Node | None]:
+        """The nodes of one of the last copies; what comes after the loop depends on the last frame, too."""
+        found: list[fx.Node | None] = []
+        free = dict.fromkeys(self.lists[index])
+        for at, like in enumerate(model):
+            match = next((node for node in free if alike(like, node) and fits(at, node, index)), None)
+            found.append(match)
+            if match is not None:
+                del free[match]
+                self.place[match] = at
+        if free and index < self.count - 1:
+            raise Differ
+        return found
+
+    def derived(self, node: fx.Node, index: int) -> tuple[Any, ...] | None:
+        """What a node of copy ``index`` reads, as places; None where it reads what is no place."""
+        refs: list[Any] = []
+        for leaf in operands(node):
+            depth = self.depth.get(leaf, -1)
+            place = self.where(leaf)
+            if depth < 0:
+                refs.append(("same", leaf))
+            elif place is None:
+                return None
+            else:
+                refs.append(place if depth == index else ("slot", place, index - depth))
+        return tuple(refs)
+
+    def read_as(self, node: fx.Node, refs: tuple[Any, ...], index: int) -> bool:
+        """Whether a node of copy ``index`` reads just that; what it reads of the first copies is noted."""
+        noted: dict[tuple[Any, int], fx.Node] = {}
+        for leaf, ref in zip(operands(node), refs, strict=True):
+            if ref[0] == "same":
+                if leaf is not ref[1]:
                     return False
                 continue
-            if p is q and self.depth.get(p, -1) < 0:
-                self.shared[p] = None
+            place, at = (ref[1], index - ref[2]) if ref[0] == "slot" else (ref, index)
+            if self.there(leaf, place, at):
                 continue
-            one, two = self.where(p), self.where(q) if q in self.frames or q not in places else ("node", places[q])
-            if self.depth.get(q) == index and self.depth.get(p) == index - 1 and one == two is not None:
-                continue
-            carried = self.depth.get(q) == index - 1 and two is not None
-            if carried and index == 1 and self.depth.get(p, -1) < 0:
-                found[two, p] = Slot(two, p)
-            elif not (carried and index > 1 and self.depth.get(p) == index - 2 and one == two):
+            known = noted.get((place, at), self.first.get((place, at), leaf))
+            early = self.base > at > -self.count and self.depth.get(leaf, -1) <= max(at, 0)
+            if not early or not self.equal(known, leaf):
                 return False
-        self.slots.update(found)
-        return len({slot.place for slot in self.slots.values()}) == len(self.slots)
+            noted[place, at] = known
+        self.first.update(noted)
+        return True
+
+    def there(self, node: fx.Node, place: Any, index: int) -> bool:
+        """Whether a node is a place of copy ``index``."""
+        return self.where(node) == place and self.depth.get(node) == index
+
+    def equal(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether two nodes are one, or the same frame."""
+        frames = self.frames.get(one), self.frames.get(other)
+        return one is other or (frames[0] is not None and frames[0] == frames[1])
 
     def where(self, node: fx.Node) -> Any:
         """A node's place in its copy."""
@@ -225,63 +353,51 @@ class _Reader:
             return ("frame", frame.source, frame.dim, frame.keepdim)
         return ("node", self.place[node]) if node in self.place else None
 
-    def match_last(self) -> list[fx.Node | None]:
-        """The nodes of the last copy; what comes after the loop depends on the last frame, too."""
-        index = self.count - 1
-        if index == 1:
-            return self.first_is_last()
-        places = dict(self.place)
-        used: set[fx.Node] = set()
-        found: list[fx.Node | None] = []
-        for at, before in enumerate(self.lists[index - 1]):
-            match = next(
-                (node for node in self.lists[index] if node not in used and self.same(before, node, index, places)),
-                None,
-            )
-            found.append(match)
-            if match is not None:
-                used.add(match)
-                places[match] = at
-        self.place = places
-        return found
-
-    def first_is_last(self) -> list[fx.Node | None]:
-        """A loop over two frames."""
-        for before, node in zip(self.lists[0], self.lists[1], strict=False):
-            if not self.same(before, node, 1):
-                raise _Differ
-        if len(self.lists[1]) < len(self.lists[0]):
-            raise _Differ
-        self.place = {
-            node: at for nodes in (self.lists[0], self.lists[1][: len(self.lists[0])]) for at, node in enumerate(nodes)
-        }
-        return list(self.lists[1][: len(self.lists[0])])
-
-    def read_ends(self, loop: Carrying) -> None:
+    def read_ends(self, loop: Carrying, copies: Sequence[Sequence[fx.Node | None]]) -> None:
         """Who reads results of the copies: what puts all together, in order, or what takes the last one."""
-        inside = {node for nodes in loop.copies for node in nodes}
-        for at in range(len(loop.copies[0])):
-            row = [nodes[at] for nodes in loop.copies]
+        loop.copied = {node for nodes in (*self.lists[: self.base], *copies) for node in nodes if node is not None}
+        for at in range(len(loop.nodes)):
+            row = [nodes[at] for nodes in copies]
             for index, node in enumerate(row):
                 for user in node.users if node is not None else ():
-                    if user in inside:
+                    if user in loop.copied:
                         continue
-                    if user.target in (aten.stack.default, aten.cat.default) and list(user.args[0]) == row:  # type: ignore[arg-type]
-                        if (user, at) not in loop.ends:
-                            loop.ends.append((user, at))
-                    elif index == self.count - 1:
-                        if at not in loop.last:
-                            loop.last.append(at)
+                    end, parts = self.end(user, row)
+                    if end is not None:
+                        end = replace(end, place=at)
+                        if end not in loop.ends:
+                            loop.ends.append(end)
+                            start = end.start
+                            for time, part in enumerate(parts[: self.base - start], start):
+                                if not self.equal(self.first.setdefault((("node", at), time), part), part):
+                                    raise Differ
+                    elif index == len(row) - 1:
+                        if node is not None and (at, node) not in loop.last:
+                            loop.last.append((at, node))
                     else:
-                        raise _Differ
-        for node in self.frames:
-            if any(user not in inside for user in node.users):
-                raise _Differ
+                        raise Differ
         if not loop.ends and not loop.last:
-            raise _Differ
+            raise Differ
 
-
-def _shape(node: fx.Node) -> Any:
-    return pytree.tree_map(
-        lambda value: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value, node.meta.get("val")
-    )
+    def end(self, user: fx.Node, row: Sequence[fx.Node | None]) -> tuple[End | None, list[fx.Node]]:
+        """What puts a row together, and all that it puts together: what the first copies have made, too."""
+        if user in self.chains:
+            way, parts = self.chains[user]
+        elif user.target in (aten.stack.default, aten.cat.default):
+            way, parts = user, list(user.args[0])  # type: ignore[arg-type]
+        else:
+            return None, []
+        node = way
+        over = next(iter(way.users)) if len(way.users) == 1 else way
+        if over is not way and over.target is aten.cat.default and len(parts) == self.count - 1:
+            alone, rest = (*over.args[0], None)[:2]  # type: ignore[misc]
+            along = [at.args[1] if len(at.args) > 1 else 0 for at in (way, over)]
+            if rest is way and isinstance(alone, fx.Node) and along[0] == along[1]:
+                if way.target is aten.stack.default and alone.target is aten.unsqueeze.default:
+                    alone = alone.args[0] if alone.args[1] == along[0] else None
+                if isinstance(alone, fx.Node) and alone.meta["val"].shape == parts[0].meta["val"].shape:
+                    node, parts = over, [alone, *parts]
+        start = self.count - len(parts)
+        if not 0 <= start <= self.base or parts[self.base - start :] != row:
+            return None, []
+        return End(node, way, 0, start), parts

@@ -21,6 +21,7 @@ from dissect import ledger
 from dissect.capturing import Captured
 from dissect.carried import carried
 from dissect.carrying import FILLED, Carrying, recurring
+from dissect.collected import collected
 from dissect.context import Context
 from dissect.errors import DissectError, Refusal
 from dissect.inputs import Inputs
@@ -31,7 +32,7 @@ from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Primitive
 from dissect.registry import find, is_patient
 from dissect.timing import Timing
-from dissect.unrolling import Loop, loops, rolled, unlisted
+from dissect.unrolling import Loop, duplicate, loops, rolled, unlisted
 from dissect.unwrapping import unwrapped
 from dissect.values import POISON, Dissected, Output, Refused, Value
 from dissect.windows import apply, outward
@@ -70,20 +71,26 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
-    work = neighbours(unwrapped(unlisted(captured, inputs)))
+    work = collected(neighbours(unwrapped(unlisted(captured, inputs))))
+    written_out: set[str] = set()  # loops that are better left so
     while True:
         found, chained = loops(work), recurring(work)
         if not found and not chained:
             break
-        trace = _walk(work, options, inputs).trace
+        before = _walk(work, options, inputs)
+        trace = before.trace
         over_time = [loop for loop in found if _over_time(loop, trace)]
         if over_time:
             work = rolled(work, over_time)
             continue
-        chains = [loop for loop in chained if _over_time(loop, trace)]
+        chains = [loop for loop in chained if loop.nodes[0].name not in written_out and _over_time(loop, trace)]
         if not chains:
             break
+        spare, name, plain = duplicate(work), chains[0].nodes[0].name, chains[0].plain
         work = carried(work, chains[0])
+        if not plain and len(_walk(work, options, inputs).refusals) > len(before.refusals):
+            work = spare
+            written_out.add(name)
     done = _walk(work, options, inputs)
     whole: frozenset[str] = frozenset()
     again = done

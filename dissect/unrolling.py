@@ -9,7 +9,7 @@ Copies are compared node by node; what differs anywhere but in the index of the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,29 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.capturing import Captured
+from dissect.copies import Differ, shape_of
 from dissect.inputs import Inputs
 
-__all__ = ["Frame", "Loop", "frame_in", "frame_of", "frames_to", "loops", "rolled", "unlisted"]
+__all__ = [
+    "SUMS",
+    "Frame",
+    "Loop",
+    "duplicate",
+    "ends",
+    "frame_in",
+    "frame_of",
+    "frames_to",
+    "instead",
+    "loops",
+    "rolled",
+    "together",
+    "unlisted",
+    "value_written",
+]
 
 aten = torch.ops.aten
-_SUMS = {
+#: what a chain of an operator is over an axis
+SUMS: dict[Any, Any] = {
     aten.add.Tensor: aten.sum.dim_IntList,
     aten.maximum.default: aten.amax.default,
     aten.minimum.default: aten.amin.default,
@@ -67,13 +84,9 @@ class Loop:
     shared: tuple[fx.Node, ...]
 
 
-class _Differ(Exception):
-    """The copies are not the same function."""
-
-
 def unlisted(captured: Captured, inputs: Inputs) -> Captured:
     """One placeholder for each tensor of ``inputs``: a list of frames becomes one tensor and its frames."""
-    captured = _copied(captured)
+    captured = duplicate(captured)
     graph = captured.graph
     given = [node for node in graph.nodes if node.op == "placeholder" and node.name in captured.inputs]
     names = []
@@ -102,7 +115,8 @@ def unlisted(captured: Captured, inputs: Inputs) -> Captured:
     return replace(captured, inputs=tuple(names))
 
 
-def _copied(captured: Captured) -> Captured:
+def duplicate(captured: Captured) -> Captured:
+    """The same network with a graph of its own."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in captured.graph.nodes:
@@ -117,11 +131,11 @@ def loops(captured: Captured) -> list[Loop]:
         _set_apart(node)
     found = []
     for node in captured.graph.nodes:
-        for copies in _ends(node):
+        for copies in ends(node):
             try:
                 matcher = _Matcher(captured, len(copies))
                 matcher.match(copies)
-            except _Differ:
+            except Differ:
                 continue
             if matcher.sources and not _lengthens(node, matcher.wide) and not _neighbours(node, copies):
                 found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
@@ -141,28 +155,43 @@ def rolled(captured: Captured, found: Sequence[Loop]) -> Captured:
         with graph.inserting_before(loop.end):
             body = matcher.match(loop.copies, build=True)
             assert body is not None
-            count = len(loop.copies)
-            stacked = loop.end.target is not aten.cat.default
-            chain = loop.end.target in _SUMS
-            at = 2 if loop.end.target is aten.select_scatter.default else 1
-            along: Any = loop.end.args[at] if len(loop.end.args) > at else 0
-            dim = 1 if chain else along % loop.end.meta["val"].dim()
-            result = graph.create_node(
-                "call_function", frames_to, (body, dim, count, stacked), name=f"rolled_{loop.end.name}"
-            )
-            result.meta = dict(loop.end.meta)
-            if chain:
-                result.meta["val"] = torch.stack([body.meta["val"]] * count, dim)
-                total = _SUMS[loop.end.target]  # type: ignore[index]
-                result = graph.create_node("call_function", total, (result, [dim]), name=f"rolled_{loop.end.name}_all")
-                result.meta = dict(loop.end.meta)
-        name = loop.end.name
-        loop.end.replace_all_uses_with(result)
-        graph.erase_node(loop.end)
-        result.name = name  # the same value as before, under its name
+            result = together(loop.end, loop.end, body, len(loop.copies))
+        instead(loop.end, result)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return captured
+
+
+def together(end: fx.Node, way: fx.Node, body: fx.Node, count: int, start: int = 0) -> fx.Node:
+    """The results of ``count`` rounds, from the one that stands for all, put together as the operator ``way`` does it.
+
+    ``end`` is the value that it becomes; the first ``start`` results are left out.
+    """
+    graph = end.graph
+    stacked, chain = way.target is not aten.cat.default, way.target in SUMS
+    at = 2 if way.target is aten.select_scatter.default else 1
+    along: Any = way.args[at] if len(way.args) > at else 0
+    dim = 1 if chain else along % way.meta["val"].dim()
+    calls: list[tuple[Any, tuple[Any, ...], str]] = [(frames_to, (dim, count, stacked), "")]
+    if start:
+        size = 1 if stacked else body.meta["val"].shape[dim]
+        calls.append((aten.slice.Tensor, (dim, start * size, count * size), "_later"))
+    if chain:
+        calls.append((SUMS[way.target], ([dim],), "_all"))
+    result = body
+    for target, args, suffix in calls:
+        value = target(result.meta["val"], *args)
+        result = graph.create_node("call_function", target, (result, *args), name=f"rolled_{end.name}{suffix}")
+        result.meta = {**end.meta, "val": value}
+    return result
+
+
+def instead(node: fx.Node, result: fx.Node) -> None:
+    """``result`` in the place of ``node``, which has the same value, under its name."""
+    name = node.name
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    result.name = name
 
 
 def _lengthens(node: fx.Node, wide: set[tuple[int, int]]) -> bool:
@@ -211,10 +240,10 @@ def _set_apart(node: fx.Node) -> None:
 
 def _kind(part: Any) -> Any:
     """How a part is made: the operator, and the shape."""
-    return (part.target if part.op == "call_function" else part, _shape(part)) if isinstance(part, fx.Node) else None
+    return (part.target if part.op == "call_function" else part, shape_of(part)) if isinstance(part, fx.Node) else None
 
 
-def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
+def ends(node: fx.Node) -> Iterator[list[fx.Node]]:
     """The copies that a node may put together."""
     if node.op != "call_function":
         return
@@ -229,14 +258,16 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
         written: dict[int, fx.Node] = {}
         end: Any = node
         while isinstance(end, fx.Node) and end.target is node.target and end.args[2] == node.args[2]:
-            written.setdefault(end.args[3] % size, _written(end.args[1]))
+            written.setdefault(end.args[3] % size, value_written(end.args[1]))
             end = end.args[0]
         if len(written) == size > 1:
             yield [written[index] for index in range(size)]
-    elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
+    elif node.target in SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
         terms: list[Any] = []
         at: Any = node
         while isinstance(at, fx.Node) and at.target is node.target and not at.kwargs and len(at.args) == 2:
+            if at is not node and len(at.users) > 1:
+                break  # somebody reads what it came to on the way
             terms.append(at.args[1])
             at = at.args[0]
         terms.append(at)
@@ -245,9 +276,9 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
             yield terms
 
 
-def _written(node: Any) -> fx.Node:
+def value_written(node: Any) -> fx.Node:
     """What a copy writes into a tensor of the same shape."""
-    whole = node.target is aten.copy.default and _shape(node) == _shape(node.args[1])
+    whole = node.target is aten.copy.default and shape_of(node) == shape_of(node.args[1])
     return node.args[1] if whole else node  # type: ignore[no-any-return]
 
 
@@ -299,7 +330,7 @@ class _Matcher:
         self.constants: dict[fx.Node, bool] = {}
 
     def match(self, copies: Sequence[fx.Node], build: bool = False) -> fx.Node | None:
-        """Walk from ``copies`` down to their frames; raises _Differ where they part. Post-order, without recursion."""
+        """Walk from ``copies`` down to their frames; raises Differ where they part. Post-order, without recursion."""
         stack: list[tuple[tuple[fx.Node, ...], bool]] = [(tuple(copies), False)]
         while stack:
             row, ready = stack.pop()
@@ -368,7 +399,7 @@ class _Matcher:
         return frames
 
     def children(self, row: tuple[fx.Node, ...]) -> list[tuple[fx.Node, ...]]:
-        """The rows that a row's nodes read; raises _Differ where the nodes are not the same operator with the same settings."""
+        """The rows that a row's nodes read; raises Differ where the nodes are not the same operator with the same settings."""
         first = row[0]
         flat = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in row]
         for node, (leaves, spec) in zip(row, flat, strict=True):
@@ -378,8 +409,8 @@ class _Matcher:
                 and spec == flat[0][1]
                 and len(leaves) == len(flat[0][0])
             )
-            if not same or _shape(node) != _shape(first):
-                raise _Differ
+            if not same or shape_of(node) != shape_of(first):
+                raise Differ
         children = []
         for column in zip(*(leaves for leaves, _ in flat), strict=True):
             if all(isinstance(leaf, fx.Node) for leaf in column):
@@ -387,7 +418,7 @@ class _Matcher:
             elif any(isinstance(leaf, fx.Node) for leaf in column) or any(
                 type(leaf) is not type(column[0]) or leaf != column[0] for leaf in column
             ):
-                raise _Differ
+                raise Differ
         return children
 
     def marked(self, row: tuple[fx.Node, ...], frames: list[Frame]) -> fx.Node:
@@ -440,8 +471,3 @@ class _Matcher:
         node = first.graph.create_node("call_function", first.target, args, kwargs, name=f"rolled_{first.name}")
         node.meta = dict(first.meta)
         return node
-
-
-def _shape(node: fx.Node) -> Any:
-    read: Callable[[Any], Any] = lambda value: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value  # noqa: E731
-    return pytree.tree_map(read, node.meta.get("val"))

@@ -64,6 +64,13 @@ def written(net: Looping, x: Tensor) -> Tensor:
     return net.last(out)
 
 
+def written_over(net: Looping, x: Tensor) -> Tensor:
+    out = x.tanh()
+    for t in range(x.shape[2]):
+        out[:, :, t] = net.each(x[:, :, t]).relu()
+    return net.last(out)
+
+
 def two_lists(net: Looping, x: Tensor) -> Tensor:
     first = [net.each(x[:, :, t]) for t in range(x.shape[2])]
     second = [frame.relu() for frame in first]
@@ -129,6 +136,7 @@ LOOPS = [
     split,
     appended,
     written,
+    written_over,
     two_lists,
     pairs,
     every_second,
