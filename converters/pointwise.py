@@ -122,7 +122,7 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
         values, axes = ctx.broadcast(values)
     else:
         timing = values[0].clock
-        if timing.delay < 0 and target not in KEEPS_ZERO:
+        if timing.delay < 0 and not timing.first and target not in KEEPS_ZERO:
             values = [ctx.settled(values[0])]
             timing = values[0].clock
     zero = target in KEEPS_ZERO and timing.fill == 0.0
@@ -131,7 +131,7 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
         nonneg = all(value.clock.nonneg for value in values if not value.constant) and all(
             not value.constant for value in values
         )
-    timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
+    timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg, first=timing.first)
     quotient = getattr(target, "overloadpacket", None) in _QUOTIENTS
     if target in _WILD or (quotient and isinstance(args[1], Value) and not args[1].constant):
         timing = timing.but(wild=True)
