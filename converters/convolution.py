@@ -176,7 +176,9 @@ def convolve(
         delay = clock.delay + clock.stride * (reach - pads[0])
         if pads != (0, 0):
             x = ctx.gate(x)
-        if delay < 0:
+        if clock.first:
+            delay, ages, clock = clock.read(delay, ages)
+        elif delay < 0:
             x, delay = ctx.delay(x, -delay), 0
             clock = x.clock
         timing = clock.plain().but(

@@ -11,7 +11,7 @@ from dissect.converters.convolution import strided
 
 def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: int) -> Value:
     """``x[first:stop:step]`` along time; ``stop`` counts from the end of the clip."""
-    if x.clock.first or x.clock.still:
+    if x.clock.still:
         x = ctx.sure(x)
     size = x.shape[dim]
     clock = x.clock
@@ -23,7 +23,7 @@ def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: in
     if ctx.exact:
         timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
         if first or cropped:
-            timing = timing.plain()
+            timing = timing.plain().but(first=clock.first.cut(timing.delay) if clock.first else None)
         ctx.row("crop of the clip" if first or cropped else "temporal stride removed", exact=True, **facts)
         return Value(x.node, out, timing.certain(ctx.frames), x.dtype)
     spacing = clock.stride if ctx.preset == "causal" else clock.removed

@@ -14,9 +14,10 @@ from dissect.context import Context, Refused, Value
 from dissect.converters.concat import cat
 from dissect.converters.convolution import strided
 from dissect.converters.cropping import slice_time
+from dissect.converters.edges import Part
 from dissect.converters.indexing import slice_
 from dissect.converters.pointwise import pointwise
-from dissect.converters.time_axis import Part, assembled
+from dissect.converters.time_axis import assembled
 from dissect.holding import RunningSum, Taps
 from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.registry import converter, patient
@@ -204,18 +205,22 @@ def unfold(ctx: Context, x: Value, dim: int, size: int, step: int) -> Value:
         at = x.axes.kept(dim)
         assert at is not None
         axes = Axes((*x.axes.replace(dim, plain_axis((axis.size - size) // step + 1)).dims, plain_axis(size)))
+        x = ctx.sure(x)
         return ctx.call(aten.unfold.default, (x, at + 1, size, step), axes, x.clock, x.dtype)
     if not axis.is_time:
         raise Refused("windows over an axis that merges time with others")
-    x = ctx.settled(x)
+    if not x.clock.first:
+        x = ctx.sure(x)
     clock = x.clock
     ages = [index * clock.stride for index in reversed(range(size))]
     out = Axes(
         (*x.axes.sized((*x.shape[:dim], (axis.size - size) // step + 1, *x.shape[dim + 1 :])).dims, plain_axis(size))
     )
-    timing = strided(ctx, clock.plain(), step).but(length=clock.length.then(-size, step), old=clock.old + ages[0])
+    delay = clock.delay
     if ctx.exact:
-        timing = timing.but(delay=clock.delay + ages[0])
+        delay, ages, clock = clock.read(delay + ages[0], ages)
+    length = clock.length.then(-size, step)
+    timing = strided(ctx, clock.plain(), step).but(delay=delay, length=length, old=clock.old + ages[0])
     ctx.row(
         f"windows of {size} frames", exact=ctx.exact, reason="" if ctx.exact else "past only", kernel=size, stride=step
     )
@@ -273,6 +278,7 @@ patient(
     aten.repeat.default,
     aten.tile.default,
     aten.diff.default,
+    aten.unfold.default,
     aten.fill.Scalar,
     aten.fill.Tensor,
 )

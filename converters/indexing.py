@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dissect import ledger
 from dissect.context import Context, Refused, Value
 from dissect.converters.cropping import slice_time
-from dissect.converters.time_axis import Part, assembled, chosen
+from dissect.converters.edges import Part
+from dissect.converters.time_axis import assembled, chosen
 from dissect.ledger import Axes
 from dissect.meeting import until
 from dissect.primitives import Query
@@ -127,7 +128,7 @@ def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", v
     if time is None:
         return y
     if y.clock.still or y.clock.first:
-        y = ctx.sure(y)
+        y = ctx.sure(y) if y.clock.still else ctx.settled(y)
     left, right = pairs[time]
     if left < 0 or right < 0:
         y = slice_time(ctx, y, time, max(0, -left), y.shape[time] - max(0, -right), 1)

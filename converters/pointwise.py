@@ -132,7 +132,7 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
         values, axes = ctx.broadcast(values)
     else:
         timing = values[0].clock
-        if timing.delay < 0 and target not in KEEPS_ZERO:
+        if timing.delay < 0 and not timing.first and target not in KEEPS_ZERO:
             values = [ctx.settled(values[0])]
             timing = values[0].clock
     zero = target in KEEPS_ZERO and timing.fill == 0.0
@@ -142,7 +142,7 @@ def pointwise(ctx: Context, target: Callable[..., Any], args: tuple[Any, ...], k
             not value.constant for value in values
         )
         nonneg = nonneg and kwargs.get("alpha", 1) >= 0
-    timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg)
+    timing = timing.but(nonneg=nonneg) if zero else timing.plain().but(nonneg=nonneg, first=timing.first)
     quotient = getattr(target, "overloadpacket", None) in _QUOTIENTS
     if target in _WILD or (quotient and isinstance(args[1], Value) and not args[1].constant):
         timing = timing.but(wild=True)

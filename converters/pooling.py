@@ -14,7 +14,7 @@ from dissect.converters.convolution import spread, strided
 from dissect.global_pool import pool_time
 from dissect.ledger import plain_axis
 from dissect.primitives import WindowReduce
-from dissect.registry import converter
+from dissect.registry import converter, patient
 
 aten = torch.ops.aten
 _GROWING = (
@@ -100,6 +100,12 @@ def pool(
     kernel, stride, padding, dilation = settings
     dims = len(kernel)
     channels = len(x.shape) - dims
+    sliding = any(
+        axis.is_time and 1 < size < axis.size and pad == 0 and not ceil_mode
+        for axis, size, pad in zip(x.axes.dims[channels:], kernel, padding, strict=True)
+    )
+    if not (x.clock.first and sliding):
+        x = ctx.sure(x)
     spatial = list(range(channels, len(x.shape)))
     for dim in spatial:
         if not x.axes[dim].plain and not x.axes[dim].is_time:
@@ -167,7 +173,9 @@ def pool(
             )
         ages = [index * gap * clock.stride for index in reversed(range(size))]
         delay = clock.delay + clock.stride * (reach - pad)
-        if delay < 0:
+        if clock.first:
+            delay, ages, clock = clock.read(delay, ages)
+        elif delay < 0:
             y, delay = ctx.delay(ctx.gate(y), -delay), 0
             clock = y.clock
         timing = clock.plain().but(
@@ -183,6 +191,12 @@ def pool(
         ctx, y, kind, ages, pad > 0 or ceil_mode, include_pad or not pad, ceil_mode, widen, bool(divisor), axes, timing
     )
     return ctx.call(torch.div, (y, scale), axes, timing, y.dtype) if divisor else y
+
+
+patient(
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
+)
 
 
 def grows(node: fx.Node) -> bool:

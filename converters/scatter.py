@@ -72,9 +72,10 @@ def select_scatter(ctx: Context, base: Value, source: Value, dim: int, index: in
 def placed(ctx: Context, source: Value, dim: int, size: int, first: int, stop: int, step: int) -> Value:
     """The source once its positions are certain; for a few of the clip's first frames, the write says which count."""
     few = step == 1 and stop < size and 2 * (stop - first) < size
-    if source.constant or not few or not source.axes[dim].is_time or source.clock.first or source.clock.still:
+    if source.constant or not few or not source.axes[dim].is_time or source.clock.still:
         sure: Value = ctx.sure(source)
         return sure
+    source = ctx.settled(source) if source.clock.first else source
     return replace(source, timing=source.clock.but(wait=0))
 
 

@@ -7,36 +7,23 @@ a fixed time from its place, or is held from the stream's beginning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dissect.context import Context, Refused, Value
+from dissect.converters.edges import Part, offset, others, repeated, silent, since, source
 from dissect.holding import Choose
 from dissect.ledger import Axis, plain
-from dissect.meeting import hold, lateness, positions, until
+from dissect.meeting import hold, until
 from dissect.primitives import Query
-from dissect.timing import Timing
-
-
-@dataclass(frozen=True)
-class Part:
-    """One frame of a concatenation: position ``index`` of ``value``, from its start, or from its end (1 is the last).
-
-    ``at`` picks it out of a value of the whole clip that holds several side by side. ``tensor`` is a constant frame instead.
-    """
-
-    value: Value
-    index: int
-    end: bool = False
-    axis: int | None = None
-    at: int = 0
+from dissect.timing import Front, Timing
 
 
 def cat_time(ctx: Context, values: Sequence[Value], dim: int) -> Value:
     """A concatenation along time."""
-    values = [ctx.sure(value) if not value.constant and value.clock.first else value for value in values]
+    values = [ctx.settled(value) if not value.constant and value.clock.first else value for value in values]
     sizes = [value.shape[dim] for value in values]
     values, whole, sizes = adjoined(values, dim, sizes)
     if len(values) == 1:
@@ -130,7 +117,7 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
         y = ctx.sure(y)
         if all(silent(part) for part in right):
             y = ctx.gate(y)
-        elif all(
+        elif y.clock.stride == 1 and all(
             part.value.node is main.node and part.end and offset(ctx, part, main.clock, at) == at * main.clock.stride
             for at, part in enumerate(right, 1)
         ):
@@ -143,10 +130,11 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
     if all(silent(part) for part in left):
         y = ctx.gate(ctx.sure(y)) if left else y
         timing = y.clock.but(delay=y.clock.delay - before, length=length)
-    elif y.clock.delay == 0 and all(
-        part.value.node is main.node and part.axis is None and part.index == 0 == source(part) for part in left
-    ):
-        timing = y.clock.plain().but(delay=-before, length=length, first=True)
+    elif order := repeated(main, left):
+        y = ctx.settled(y)
+        timing = y.clock.plain().but(
+            delay=y.clock.delay - before, length=length, first=Front(y.clock.delay, step, order)
+        )
     else:
         y = in_front_of(ctx, y, left, dim)
         timing = y.clock.but(length=length)
@@ -178,24 +166,7 @@ def in_front_of(ctx: Context, y: Value, left: list[Part], dim: int) -> Value:
     """The main part with frames in front of its first position."""
     clock = y.clock
     step, before = clock.stride, len(left) * clock.stride
-    start = max(
-        [
-            0,
-            clock.delay - before,
-            *(source(part) - at * step for at, part in enumerate(left) if not part.value.constant),
-        ]
-    )
-    wraps = start >= max(clock.delay, 0) + (positions(y.axes) or 0) * step - before
-    if wraps and others(y, left):
-        raise Refused(
-            "a concatenation along time of two tensors that both go on with the stream: one would begin where the other ends",
-            "concatenate them along channels, or bring one to the positions of the other and add it",
-        )
-    if wraps:
-        raise Refused(
-            "a concatenation that puts the end of the clip in front of its beginning: the first frame would wait for the last",
-            "shift with zeros, or with the first frame",
-        )
+    start = since(y, left)
     y = ctx.delay(y, start + before - clock.delay)
     lates = [start + at * step - (0 if part.value.constant else source(part)) for at, part in enumerate(left)]
     for at in reversed(range(len(left))):
@@ -211,17 +182,6 @@ def in_front_of(ctx: Context, y: Value, left: list[Part], dim: int) -> Value:
     return replace(y, timing=marked(y, left).but(delay=start, wait=0))
 
 
-def others(main: Value, parts: Sequence[Part]) -> bool:
-    """Whether frames of another tensor that goes on with the stream are among the parts."""
-    return any(
-        part.axis is None
-        and not part.value.constant
-        and part.value.node is not main.node
-        and part.value.clock.length(64) > 2
-        for part in parts
-    )
-
-
 def marked(y: Value, parts: Sequence[Part]) -> Timing:
     """The timing with the reach and the marks of all that the value is made of."""
     clocks = [y.clock, *(part.value.clock for part in parts if not part.value.constant)]
@@ -232,32 +192,6 @@ def marked(y: Value, parts: Sequence[Part]) -> Timing:
         newest=frozenset().union(*(clock.newest for clock in clocks)),
         endless=any(clock.endless for clock in clocks),
     )
-
-
-def silent(part: Part) -> bool:
-    """A frame of zeros."""
-    tensor = part.value.tensor
-    return tensor is not None and part.value.name is None and not bool(tensor.narrow(part.axis or 0, part.at, 1).any())
-
-
-def source(part: Part) -> int:
-    """The time at which the frame exists, from the start of the stream."""
-    clock = part.value.clock
-    return clock.delay if part.axis is not None else clock.delay + part.index * clock.stride
-
-
-def offset(ctx: Context, part: Part, clock: Timing, at: int) -> int | None:
-    """How long after the frame its place comes, ``at`` positions behind the main part's last; None for one of the clip's first."""
-    if part.value.constant:
-        return 0
-    if not part.end:
-        return None
-    own = part.value.clock
-    pairs = zip(reversed(lateness(clock, ctx.frames)), reversed(lateness(own, ctx.frames)), strict=False)
-    gaps = {end - other for end, other in pairs}
-    if len(gaps) != 1:
-        raise Refused("a concatenation along time of parts whose lengths do not go together")
-    return gaps.pop() + at * clock.stride + (part.index - 1) * own.stride
 
 
 def frame_of(ctx: Context, part: Part, late: int | None, like: Value, dim: int) -> Value:

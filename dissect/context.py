@@ -13,11 +13,11 @@ from torch import fx
 from dissect import ledger
 from dissect.building import Builder
 from dissect.capturing import Captured
-from dissect.holding import FirstHistory, counted
+from dissect.holding import FirstHistory, FrontHistory, counted
 from dissect.meeting import ends_met, spread
 from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Gate, History, Query, Tap
-from dissect.timing import Timing, joined
+from dissect.timing import Front, Timing, joined
 from dissect.values import Refused, Value
 
 __all__ = ["Context", "Refused", "Value"]
@@ -41,7 +41,7 @@ class Context(Builder):
         self.whole: frozenset[str] = frozenset()
         self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
-        self._histories: dict[tuple[fx.Node, bool], tuple[History, fx.Node]] = {}
+        self._histories: dict[tuple[fx.Node, Front | None], tuple[History, fx.Node]] = {}
         self._gates: dict[tuple[Any, ...], Value] = {}
         self._masks: dict[int, fx.Node] = {}
 
@@ -77,9 +77,12 @@ class Context(Builder):
             raise Refused(
                 f"its operands have temporal strides {' and '.join(map(str, sorted(strides)))}, so their positions do not meet",
             )
-        ready = [self.settled(value) for value in moving]
-        latest = max(value.clock.delay + (value.clock.wait if len(moving) > 1 else 0) for value in ready)
-        waits = [latest - value.clock.delay for value in ready]
+        ready = [value if value.clock.first else self.settled(value) for value in moving]
+        latest = max(
+            max(value.clock.settles, value.clock.delay + (value.clock.wait if len(moving) > 1 else 0))
+            for value in ready
+        )
+        waits = [latest - value.clock.settles for value in ready]
         if any(waits):
             self.row(f"wait {max(waits)} frames to meet", exact=True)
         done = iter([self.delay(value, latest - value.clock.delay) for value in ready])
@@ -97,10 +100,7 @@ class Context(Builder):
         clock = value.clock
         if clock.still:
             return spread(self, value)
-        if clock.first:
-            value = self.delay(value, -clock.delay)
-            value = replace(value, timing=value.clock.but(first=False))
-        late = self.delay(value, clock.wait)
+        late = self.delay(value, max(clock.wait, clock.settles - clock.delay) if clock.first else clock.wait)
         return late if self.exact else replace(late, timing=late.clock.but(delay=clock.delay, wait=0))
 
     def broadcast_back(self, values: Sequence[Value]) -> None:
@@ -118,8 +118,8 @@ class Context(Builder):
             self.rows[index] = replace(row, verdict="approximate", reason=reason, future=True)
 
     def settled(self, value: Value) -> Value:
-        """A value whose position 0 is not before the stream (it is, behind a zero padding): delayed until it is not."""
-        return self.delay(value, -value.clock.delay) if value.clock.delay < 0 else value
+        """A value whose position 0 is not before the stream (it is, behind a padding), nor before it is known: delayed until it is not."""
+        return self.delay(value, value.clock.settles - value.clock.delay)
 
     def confirmed(self, value: Any) -> Any:
         """The value with what it must wait until it is certain that the clip has its positions (see :meth:`sure`).
@@ -144,10 +144,16 @@ class Context(Builder):
     def _history(self, value: Value, depth: int) -> fx.Node:
         key = (value.node, value.clock.first)
         if key not in self._histories:
-            kind = FirstHistory if value.clock.first else History
-            module = kind(value.axes.frame, 0, counted(value.dtype))
+            front, dtype = value.clock.first, counted(value.dtype)
+            module: History
+            if front is None:
+                module = History(value.axes.frame, 0, dtype)
+            elif front == Front():
+                module = FirstHistory(value.axes.frame, 0, dtype)
+            else:
+                module = FrontHistory(value.axes.frame, front, dtype)
             path = self.install(self.free("history"), module)
-            late = (self.ask(Query(1, 1, None)),) if value.clock.first else ()
+            late = (self.ask(Query(front.known + front.stride, 1, None)),) if front else ()
             node = self.graph.call_module(path, (self.cast(value, module.dtype).node, *late))
             node.meta["path"] = self.path
             self._histories[key] = (module, node)
@@ -159,11 +165,12 @@ class Context(Builder):
         """The value as it was ``frames`` frames ago."""
         if frames == 0 or value.constant:
             return value
-        source = self._gates.get(gated(value, 0.0), value)
+        assert not value.clock.first or frames >= value.clock.settles - value.clock.delay, "some of it is not known yet"
+        source = value if value.clock.first else self._gates.get(gated(value, 0.0), value)
         bare = ledger.bare(value.axes)
         history = self._history(self.reframe(source, bare), frames)
         clock = value.clock
-        timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=False)
+        timing = clock.delayed(frames).but(fill=clock.fill if clock.fill == 0.0 else None, padding=(0, 0), first=None)
         axes = value.axes.windowed(lambda window: replace(window, lag=window.lag + frames))
         tap = Tap(frames, scalar=not bare.frame)
         late = self.primitive("delay", tap, (history,), bare, timing, counted(value.dtype) or value.dtype)
@@ -253,7 +260,7 @@ class Context(Builder):
         """The value with what a convolution or a pool shall see before the first frame: zeros, or that frame again."""
         if self.exact or self.settings.get("fill", self.options.fill) == "zeros":
             return value
-        return replace(value, timing=value.clock.but(first=True))
+        return replace(value, timing=value.clock.but(first=Front()))
 
 
 def gated(value: Value, fill: float) -> tuple[Any, ...]:

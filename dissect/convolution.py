@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dissect.primitives import Primitive, stacked, tap
+from dissect.primitives import Known, Primitive, stacked, tap
 
 __all__ = ["FrameConv", "TemporalConv"]
 
@@ -126,7 +126,7 @@ class TemporalConv(FrameConv):
         taps = self.taps(weight)
         if frames is None:
             return self.step(known, taps, bias)
-        if self.dims > 2 or self.transposed:
+        if self.dims > 2 or self.transposed or isinstance(known, Known):
             return self.step(known, taps, bias, frames)
         start = known.shape[1] - frames - self.ages[0]
         x = known[:, start : start + frames + self.ages[0] - self.ages[-1]].movedim(1, 2)

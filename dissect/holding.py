@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dissect.primitives import CacheSpec, History, Primitive, lifted, tap
+from dissect.primitives import CacheSpec, History, Known, Primitive, lifted, tap
+from dissect.timing import Front
 
-__all__ = ["Choose", "FirstHistory", "Hold", "RunningSum", "Taps", "counted"]
+__all__ = ["Choose", "FirstHistory", "FrontHistory", "Hold", "RunningSum", "Taps", "counted"]
 
 
 def counted(dtype: torch.dtype) -> torch.dtype | None:
@@ -78,6 +79,69 @@ class FirstHistory(History):
         if caches is not None:
             before = torch.where(lifted(late, before) > 0, caches[0], before)
         return super().forward(x, (before,), frames)
+
+
+class FrontHistory(History):
+    """A history in front of whose first position stand some of its own again (:class:`~dissect.timing.Front`).
+
+    ``mask`` is 0 while they are put there: until all of them are known, for every phase of the stride. A value that old has
+    none of what is read for it among the older ones, so that putting it there once more changes nothing.
+    """
+
+    def __init__(self, frame: Sequence[int], front: Front, dtype: torch.dtype | None = None) -> None:
+        self.own = front.stride * (max(front.order) + 1) - 1  # up to this age nothing stands in front
+        super().__init__(frame, self.own, dtype)
+        self.front = front
+
+    def source(self, age: int) -> int:
+        """The age of what stands at an age, when the newest position is the last that stands in front, too."""
+        back, phase = divmod(age, self.front.stride)
+        last, order = max(self.front.order), self.front.order
+        position = last - back
+        return phase + self.front.stride * (
+            last - (position if position >= 0 else order[min(-position, len(order)) - 1])
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, caches: tuple[Tensor] | None = None, frames: int | None = None) -> Any:  # type: ignore[override]
+        if x.dim() == 1:
+            x = x.unsqueeze(1)
+        if self.depth == 0:
+            return super().forward(x, None, frames)
+        if frames is None:
+            assert caches is not None
+            held = (caches[0], x)
+            older = [tap(held, self.source(age), None) for age in reversed(range(self.own + 1, self.depth + 1))]
+            put = torch.cat([*older, caches[0][:, len(older) * x.shape[1] :]], 1)
+            return super().forward(x, (torch.where(lifted(mask, put) > 0, caches[0], put),), None)
+        plain, _ = super().forward(x, caches, frames)
+        ages = range(self.depth + 1)
+        known = Fronted(
+            plain, mask.reshape(-1, frames), torch.tensor([self.source(age) for age in ages], device=x.device)
+        )
+        last = [known.tap(age).unflatten(0, (-1, frames))[:, -1] for age in reversed(range(self.depth))]
+        return known, (torch.cat(last, 1),)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.front}"
+
+
+class Fronted(Known):
+    """What a :class:`FrontHistory` knows at each frame of a chunk."""
+
+    def __init__(self, plain: Tensor, mask: Tensor, sources: Tensor) -> None:
+        self.plain, self.sources = plain, sources
+        frames = mask.shape[1]
+        self.now = torch.arange(frames, device=mask.device).expand_as(mask)
+        count = (mask <= 0).sum(1, keepdim=True)  # frames of the chunk at which something is put in front
+        self.base = torch.where(count > 0, torch.minimum(self.now, count - 1), self.now)
+        self.open = (count > 0).expand_as(mask)
+
+    def tap(self, age: int) -> Tensor:
+        then = age - (self.now - self.base)  # its age when last something was put in front
+        source = torch.where(self.open & (then > 0), self.sources[then.clamp(min=0)], then)
+        start = self.plain.shape[1] - self.now.shape[1]
+        rows = torch.arange(self.plain.shape[0], device=source.device).unsqueeze(1)
+        return self.plain[rows, start + self.base - source].flatten(0, 1)
 
 
 class Taps(Primitive):

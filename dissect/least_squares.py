@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dissect.convolution import FrameConv, TemporalConv
+from dissect.primitives import Known
 
 __all__ = ["NormalEquations"]
 
@@ -67,7 +68,11 @@ class NormalEquations:
     def _frames(self, known: Tensor, frames: list[int], age: int, chunk: int) -> Tensor:
         """The layer's inputs of an age at some frames, ``(frames * N, C, ...)``."""
         if isinstance(self.layer, TemporalConv):
-            rows = known[:, [known.shape[1] - chunk + frame - age for frame in frames]]
+            rows = (
+                known.tap(age).unflatten(0, (-1, chunk))[:, frames]
+                if isinstance(known, Known)
+                else known[:, [known.shape[1] - chunk + frame - age for frame in frames]]
+            )
         else:
             rows = known.reshape(-1, chunk, *known.shape[1:])[:, frames]
         return rows.transpose(0, 1).flatten(0, 1)

@@ -8,12 +8,12 @@ little later. Integers only, no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-__all__ = ["Length", "Timing", "Window", "joined"]
+__all__ = ["Front", "Length", "Timing", "Window", "joined"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,29 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Front:
+    """What stands in front of a value's own positions: some of these again, as a padding by replication or reflection shows them.
+
+    start, stride  where its own position 0 exists, and the frames between two
+    order          which own position stands where, the nearest to position 0 first; the last one stands further on, too
+    """
+
+    start: int = 0
+    stride: int = 1
+    order: tuple[int, ...] = (0,)
+
+    @property
+    def known(self) -> int:
+        """The time from which all of it is known."""
+        return self.start + max(self.order) * self.stride
+
+    def cut(self, delay: int) -> Front | None:
+        """What is left of it for a value whose positions begin at ``delay``."""
+        count = -((delay - self.start) // self.stride)
+        return replace(self, order=self.order[:count]) if count > 0 else None
+
+
+@dataclass(frozen=True)
 class Timing:
     """Where a value's positions lie, and how far back and ahead each looks.
 
@@ -90,7 +113,7 @@ class Timing:
     running     one frame that stands for every position, in a loop over frames: positions without a time axis
     wait        frames that it must still be delayed until a position that exists is known not to be cut off by the end
     still       all its positions are one: the only one of a slice, repeated
-    first       the first frame stands in front of position 0, as often as is asked for; ``delay`` counts from there
+    first       positions of its own stand in front of them, for who reads its history; ``delay`` counts from there
     newest      rows of the plan that are exact only at the last position of a clip
     spare       positions at the end that hold nothing but what a padding makes, and the row of the plan that is exact
                 once they are cropped (-1: none)
@@ -110,7 +133,7 @@ class Timing:
     pooled: frozenset[int] = frozenset()
     running: bool = False
     wait: int = 0
-    first: bool = False
+    first: Front | None = None
     still: bool = False
     newest: frozenset[int] = frozenset()
     endless: bool = False
@@ -125,6 +148,11 @@ class Timing:
         """The time of the last position of a clip of ``frames`` frames."""
         return self.delay + self.stride * (self.length(frames) - 1)
 
+    @property
+    def settles(self) -> int:
+        """The time from which all positions so far are known: not before the stream, nor before those repeated in front."""
+        return max(self.delay, 0, self.first.known if self.first else 0)
+
     def but(self, **changes: Any) -> Timing:
         return replace(self, **changes)
 
@@ -136,6 +164,12 @@ class Timing:
             wait=max(0, self.wait - frames),
             spare=(0, -1),
         )
+
+    def read(self, delay: int, ages: Sequence[int]) -> tuple[int, list[int], Timing]:
+        """When a window of such ages first gives a position, if ``delay`` is not too early, its ages, and the timing of what it
+        reads: all as much later as it takes not to be before the stream, nor before what stands in front is known."""
+        late = max(0, (self.first.known if self.first else 0) - delay)
+        return delay + late, [age + late for age in ages], self.but(new=self.new + late)
 
     def owed(self, frames: int, spacing: int | None = None) -> int:
         """How late positions become certain: the most frames from a position's own time (of a stream without delay)
@@ -150,11 +184,12 @@ class Timing:
 
     def certain(self, frames: int) -> Timing:
         """With the frames to wait until its positions are certain."""
-        return self.but(wait=max(0, self.owed(frames) - self.delay))
+        known = self.first.known if self.first else self.delay
+        return self.but(wait=max(0, self.owed(frames) - self.delay, known - self.delay))
 
     def plain(self) -> Timing:
         """After an operator that may change what stands outside the positions."""
-        return self.but(fill=None, nonneg=False, padding=(0, 0))
+        return self.but(fill=None, nonneg=False, padding=(0, 0), first=None)
 
 
 def joined(timings: Iterable[Timing]) -> Timing:

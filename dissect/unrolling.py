@@ -222,6 +222,8 @@ def _set_apart(node: fx.Node) -> None:
     spots = [at for at in (0, len(parts) - 1) if kinds.count(kinds[at]) == 1]
     if len(spots) != 1 or len(set(kinds)) != 2:
         return
+    if len({(part.target, str(part.args)) for part in parts if isinstance(part, fx.Node)}) < len(parts):
+        return  # a frame again and again is no loop
     along: Any = node.args[1] if len(node.args) > 1 else 0
     dim = along % node.meta["val"].dim()
     with node.graph.inserting_before(node):
