@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.capturing import Captured
 from dissect.inputs import Inputs
 
-__all__ = ["Frame", "Loop", "frame_in", "frame_of", "frames_to", "loops", "rolled", "unlisted"]
+__all__ = ["Frame", "Loop", "frame_in", "frame_of", "frames_to", "loops", "rolled", "unlisted", "written"]
 
 aten = torch.ops.aten
 _SUMS = {
@@ -59,12 +59,14 @@ class Loop:
     copies     the results, in the order of the frames
     sources    the tensors, and dimensions, whose frames the copies take
     shared     activations that all copies take as they are
+    inside     the nodes of the copies
     """
 
     end: fx.Node
     copies: tuple[fx.Node, ...]
     sources: tuple[tuple[fx.Node, int], ...]
     shared: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node] = frozenset()
 
 
 class _Differ(Exception):
@@ -112,9 +114,9 @@ def _copied(captured: Captured) -> Captured:
 
 
 def loops(captured: Captured) -> list[Loop]:
-    """The loops over frames that a graph holds, the outermost of those that hold each other."""
+    """The loops over frames that a graph holds."""
     for node in list(captured.graph.nodes):
-        _set_apart(node)
+        _set_apart(captured, node)
     found = []
     for node in captured.graph.nodes:
         for copies in _ends(node):
@@ -124,7 +126,8 @@ def loops(captured: Captured) -> list[Loop]:
             except _Differ:
                 continue
             if matcher.sources and not _lengthens(node, matcher.wide) and not _neighbours(node, copies):
-                found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
+                inside = frozenset(part for row in matcher.seen for part in row if len(set(row)) > 1)
+                found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared), inside))
     return found
 
 
@@ -181,7 +184,7 @@ def _neighbours(node: fx.Node, copies: Sequence[fx.Node]) -> bool:
     return first is not None and first.width > 1 and node.target is not aten.stack.default
 
 
-def _set_apart(node: fx.Node) -> None:
+def _set_apart(captured: Captured, node: fx.Node) -> None:
     """One part in front of a loop's results, or behind them, that is made otherwise than all others: joined to the rest.
 
     ``torch.stack([*frames, torch.zeros_like(frames[0])])`` is a stack of the frames, and zeros behind it.
@@ -193,12 +196,15 @@ def _set_apart(node: fx.Node) -> None:
     spots = [at for at in (0, len(parts) - 1) if kinds.count(kinds[at]) == 1]
     if len(spots) != 1 or len(set(kinds)) != 2:
         return
+    others = tuple(part for at, part in enumerate(parts) if at != spots[0])
+    if all(frames_in(part) for part in others) and _Matcher(captured, len(others)).frames(others) is None:
+        return  # a frame again and again in front of the clip, or frames in no order: no loop
     along: Any = node.args[1] if len(node.args) > 1 else 0
     dim = along % node.meta["val"].dim()
     with node.graph.inserting_before(node):
-        alone = parts.pop(spots[0])
-        rest = node.graph.create_node("call_function", node.target, (parts, dim), name=f"{node.name}_loop")
-        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in parts], dim)}
+        alone = parts[spots[0]]
+        rest = node.graph.create_node("call_function", node.target, (others, dim), name=f"{node.name}_loop")
+        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in others], dim)}
         if node.target is aten.stack.default:
             value = alone.meta["val"]
             alone = node.graph.create_node(
@@ -226,13 +232,13 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
         user.target is node.target and user.args[0] is node for user in node.users
     ):
         size = node.meta["val"].shape[node.args[2]]
-        written: dict[int, fx.Node] = {}
+        found: dict[int, fx.Node] = {}
         end: Any = node
         while isinstance(end, fx.Node) and end.target is node.target and end.args[2] == node.args[2]:
-            written.setdefault(end.args[3] % size, _written(end.args[1]))
+            found.setdefault(end.args[3] % size, written(end.args[1]))
             end = end.args[0]
-        if len(written) == size > 1:
-            yield [written[index] for index in range(size)]
+        if len(found) == size > 1:
+            yield [found[index] for index in range(size)]
     elif node.target in _SUMS and not any(user.target is node.target and user.args[0] is node for user in node.users):
         terms: list[Any] = []
         at: Any = node
@@ -245,7 +251,7 @@ def _ends(node: fx.Node) -> Iterator[list[fx.Node]]:
             yield terms
 
 
-def _written(node: Any) -> fx.Node:
+def written(node: Any) -> fx.Node:
     """What a copy writes into a tensor of the same shape."""
     whole = node.target is aten.copy.default and _shape(node) == _shape(node.args[1])
     return node.args[1] if whole else node  # type: ignore[no-any-return]
@@ -370,6 +376,8 @@ class _Matcher:
     def children(self, row: tuple[fx.Node, ...]) -> list[tuple[fx.Node, ...]]:
         """The rows that a row's nodes read; raises _Differ where the nodes are not the same operator with the same settings."""
         first = row[0]
+        if first.target is frame_of:  # frames of a loop that is rolled: what differs between them is no frame of it
+            raise _Differ
         flat = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in row]
         for node, (leaves, spec) in zip(row, flat, strict=True):
             same = (
