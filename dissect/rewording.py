@@ -60,14 +60,16 @@ def _part(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     if not isinstance(split, fx.Node) or split.target not in _SPLITS:
         return False
     given: tuple[Any, ...] = (*split.args, 0)
-    sizes = [part.shape[given[2]] for part in split.meta["val"]]
-    start = sum(sizes[:index])  # type: ignore[misc]
-    return _frames(node, given[0], given[2], start, start + sizes[index], trace)  # type: ignore[index]
+    sizes: list[int] = [part.shape[given[2]] for part in split.meta["val"]]
+    at: Any = index
+    start = sum(sizes[:at])
+    return _frames(node, given[0], given[2], start, start + sizes[at], trace)
 
 
 def _slice(node: fx.Node, trace: Mapping[str, Value]) -> bool:
-    source, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    first, last, _ = slice(start, stop).indices(source.meta["val"].shape[dim])  # type: ignore[union-attr, index, arg-type]
+    given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    source, dim, start, stop, step = given
+    first, last, _ = slice(start, stop).indices(source.meta["val"].shape[dim])
     return bool(step == 1) and _frames(node, source, dim, first, last, trace)
 
 
