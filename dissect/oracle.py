@@ -58,6 +58,7 @@ _OVER_TIME = (
 
 
 _OPEN = 1 << 31  # no clip is as long: an open end is a number far above
+_VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.unflatten)
 _PICKS = (aten.unfold, aten.roll, aten.index_select, aten.index)
 
 
@@ -368,6 +369,10 @@ class Shifted(_Edges):
                 len(n.args) < 2 or not isinstance(n.args[1], int) or n.args[1] % len(value.shape) == value.time
             ):
                 raise Unshiftable("it picks or moves frames by their number")
+            if packet in _VIEWS and out is not None and not out.constant and out.time is not None:
+                frames, pieces = _positions(value), _positions(out)
+                if frames > pieces:  # a view that cuts time into pieces: each ends with its newest frame
+                    return self.cut_up(n, value, frames // pieces - 1)
             if packet in _RESAMPLING and after.shape[value.time] != value.shape[value.time]:
                 raise Unshiftable("it resamples time")
             bins = (after[0] if isinstance(after, tuple) else after).shape if "adaptive" in str(packet) else value.shape
@@ -380,6 +385,14 @@ class Shifted(_Edges):
             ):
                 raise Unshiftable("it normalises every frame by the whole clip")
         return super().run_node(n)
+
+    def cut_up(self, n: fx.Node, value: Value, late: int) -> Any:
+        """A view of the clip as it was ``late`` positions before."""
+        (x, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
+        time: Any = value.time
+        if not value.axes[time].is_time or x.shape[time] != value.shape[time]:
+            raise Unshiftable("it cuts time into pieces by their number")
+        return n.target(self.edge(x, time, late, 0, 0, 0.0).narrow(time, 0, x.shape[time]), *rest, **kwargs)  # type: ignore[operator]
 
     def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
         """A crop of the clip's end shows what was there before."""
@@ -396,6 +409,11 @@ class Shifted(_Edges):
             return torch.cat([x.narrow(dim, 0, 1)] * reach + [x], dim)
         widths = [0, 0] * (x.dim() - 1 - dim) + [reach, 0]
         return F.pad(x, widths, value=fill)
+
+
+def _positions(value: Value) -> int:
+    """The size of the factor that is time."""
+    return next(factor.size for axis in value.axes.dims for factor in axis.factors if factor.kind == "T")
 
 
 def _spread(value: Any, dims: int) -> list[int]:

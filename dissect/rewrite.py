@@ -31,6 +31,7 @@ from dissect.origins import op_name, path_of
 from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Primitive
 from dissect.registry import find, is_patient
+from dissect.rewording import reworded
 from dissect.timing import Timing
 from dissect.unrolling import Loop, duplicate, loops, rolled, unlisted
 from dissect.unwrapping import unwrapped
@@ -71,27 +72,14 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
-    work = collected(neighbours(unwrapped(unlisted(captured, inputs))))
-    written_out: set[str] = set()  # loops that are better left so
-    while True:
-        found, chained = loops(work), recurring(work)
-        if not found and not chained:
-            break
-        before = _walk(work, options, inputs)
-        trace = before.trace
-        over_time = [loop for loop in found if _over_time(loop, trace)]
-        if over_time:
-            work = rolled(work, over_time)
-            continue
-        chains = [loop for loop in chained if loop.nodes[0].name not in written_out and _over_time(loop, trace)]
-        if not chains:
-            break
-        spare, name, plain = duplicate(work), chains[0].nodes[0].name, chains[0].plain
-        work = carried(work, chains[0])
-        if not plain and len(_walk(work, options, inputs).refusals) > len(before.refusals):
-            work = spare
-            written_out.add(name)
+    work = _unrolled(collected(neighbours(unwrapped(unlisted(captured, inputs)))), options, inputs)
     done = _walk(work, options, inputs)
+    cuts = [refusal for refusal in done.refusals if "cuts through the time axis" in refusal.reason]
+    while done.refusals and reworded(work, done.trace):
+        work = _unrolled(work, options, inputs)
+        done = _walk(work, options, inputs)
+    if done.refusals:  # a cut that was reworded brings a stride: what is refused now may follow from it
+        return replace(done, captured=captured, refusals=tuple(dict.fromkeys([*cuts, *done.refusals])))
     whole: frozenset[str] = frozenset()
     again = done
     while again.doubted - whole and not again.refusals:
@@ -101,6 +89,30 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     if not again.refusals and all(row.verdict == "exact" for row in again.rows):
         done = again
     return replace(done, captured=captured)
+
+
+def _unrolled(work: Captured, options: Options, inputs: Inputs) -> Captured:
+    """The graph without loops over frames that were written out."""
+    written_out: set[str] = set()  # loops that are better left so
+    while True:
+        found, chained = loops(work), recurring(work)
+        if not found and not chained:
+            return work
+        before = _walk(work, options, inputs)
+        trace = before.trace
+        over_time = [loop for loop in found if _over_time(loop, trace)]
+        if over_time:  # the outermost of those that hold each other
+            outermost = [loop for loop in over_time if not any(loop.end in other.inside for other in over_time)]
+            work = rolled(work, outermost)
+            continue
+        chains = [loop for loop in chained if loop.nodes[0].name not in written_out and _over_time(loop, trace)]
+        if not chains:
+            return work
+        spare, name, plain = duplicate(work), chains[0].nodes[0].name, chains[0].plain
+        work = carried(work, chains[0])
+        if not plain and len(_walk(work, options, inputs).refusals) > len(before.refusals):
+            work = spare
+            written_out.add(name)
 
 
 def _over_time(loop: Loop | Carrying, trace: Mapping[str, Value]) -> bool:

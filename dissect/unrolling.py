@@ -76,12 +76,14 @@ class Loop:
     copies     the results, in the order of the frames
     sources    the tensors, and dimensions, whose frames the copies take
     shared     activations that all copies take as they are
+    inside     the nodes of the copies
     """
 
     end: fx.Node
     copies: tuple[fx.Node, ...]
     sources: tuple[tuple[fx.Node, int], ...]
     shared: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node] = frozenset()
 
 
 def unlisted(captured: Captured, inputs: Inputs) -> Captured:
@@ -126,9 +128,9 @@ def duplicate(captured: Captured) -> Captured:
 
 
 def loops(captured: Captured) -> list[Loop]:
-    """The loops over frames that a graph holds, the outermost of those that hold each other."""
+    """The loops over frames that a graph holds."""
     for node in list(captured.graph.nodes):
-        _set_apart(node)
+        _set_apart(captured, node)
     found = []
     for node in captured.graph.nodes:
         for copies in ends(node):
@@ -138,7 +140,8 @@ def loops(captured: Captured) -> list[Loop]:
             except Differ:
                 continue
             if matcher.sources and not _lengthens(node, matcher.wide) and not _neighbours(node, copies):
-                found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared)))
+                inside = frozenset(part for row in matcher.seen for part in row if len(set(row)) > 1)
+                found.append(Loop(node, tuple(copies), tuple(matcher.sources), tuple(matcher.shared), inside))
     return found
 
 
@@ -210,7 +213,7 @@ def _neighbours(node: fx.Node, copies: Sequence[fx.Node]) -> bool:
     return first is not None and first.width > 1 and node.target is not aten.stack.default
 
 
-def _set_apart(node: fx.Node) -> None:
+def _set_apart(captured: Captured, node: fx.Node) -> None:
     """One part in front of a loop's results, or behind them, that is made otherwise than all others: joined to the rest.
 
     ``torch.stack([*frames, torch.zeros_like(frames[0])])`` is a stack of the frames, and zeros behind it.
@@ -222,14 +225,17 @@ def _set_apart(node: fx.Node) -> None:
     spots = [at for at in (0, len(parts) - 1) if kinds.count(kinds[at]) == 1]
     if len(spots) != 1 or len(set(kinds)) != 2:
         return
+    others = tuple(part for at, part in enumerate(parts) if at != spots[0])
+    if all(frames_in(part) for part in others) and _Matcher(captured, len(others)).frames(others) is None:
+        return  # a frame again and again in front of the clip, or frames in no order: no loop
     if len({(part.target, str(part.args)) for part in parts if isinstance(part, fx.Node)}) < len(parts):
         return  # a frame again and again is no loop
     along: Any = node.args[1] if len(node.args) > 1 else 0
     dim = along % node.meta["val"].dim()
     with node.graph.inserting_before(node):
-        alone = parts.pop(spots[0])
-        rest = node.graph.create_node("call_function", node.target, (parts, dim), name=f"{node.name}_loop")
-        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in parts], dim)}
+        alone = parts[spots[0]]
+        rest = node.graph.create_node("call_function", node.target, (others, dim), name=f"{node.name}_loop")
+        rest.meta = {**node.meta, "val": node.target([part.meta["val"] for part in others], dim)}
         if node.target is aten.stack.default:
             value = alone.meta["val"]
             alone = node.graph.create_node(
@@ -403,6 +409,8 @@ class _Matcher:
     def children(self, row: tuple[fx.Node, ...]) -> list[tuple[fx.Node, ...]]:
         """The rows that a row's nodes read; raises Differ where the nodes are not the same operator with the same settings."""
         first = row[0]
+        if first.target is frame_of:  # frames of a loop that is rolled: what differs between them is no frame of it
+            raise Differ
         flat = [pytree.tree_flatten((node.args, dict(node.kwargs))) for node in row]
         for node, (leaves, spec) in zip(row, flat, strict=True):
             same = (
