@@ -37,10 +37,7 @@ def since(y: Value, left: list[Part]) -> int:
     before = len(left) * y.clock.stride
     wraps = start >= max(y.clock.delay, 0) + (positions(y.axes) or 0) * y.clock.stride - before
     if wraps and others(y, left):
-        raise Refused(
-            "a concatenation along time of two tensors that both go on with the stream: one would begin where the other ends",
-            "concatenate them along channels, or bring one to the positions of the other and add it",
-        )
+        raise Refused(*_TWO)
     if wraps:
         raise Refused(
             "a concatenation that puts the end of the clip in front of its beginning: the first frame would wait for the last",
@@ -65,15 +62,27 @@ def repeated(main: Value, left: list[Part]) -> tuple[int, ...]:
     return tuple(place // clock.stride for place in places)
 
 
-def others(main: Value, parts: Sequence[Part]) -> bool:
-    """Whether frames of another tensor that goes on with the stream are among the parts."""
-    return any(
+def others(main: Value, parts: Sequence[Part]) -> int:
+    """How many of the parts are frames of another tensor that goes on with the stream."""
+    return sum(
         part.axis is None
         and not part.value.constant
         and part.value.node is not main.node
         and part.value.clock.length(64) > 2
         for part in parts
     )
+
+
+def apart(main: Value, parts: Sequence[Part], size: int) -> None:
+    """Refuse to leave out of a concatenation what is no edge of the clip, but half as long as it, or longer."""
+    if 2 * others(main, parts) >= size:
+        raise Refused(*_TWO)
+
+
+_TWO = (
+    "a concatenation along time of two tensors that both go on with the stream: one would begin where the other ends",
+    "concatenate them along channels, or bring one to the positions of the other and add it",
+)
 
 
 def silent(part: Part) -> bool:

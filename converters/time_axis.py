@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dissect.context import Context, Refused, Value
-from dissect.converters.edges import Part, offset, others, repeated, silent, since, source
+from dissect.converters.edges import Part, apart, offset, others, repeated, silent, since, source
 from dissect.holding import Choose
 from dissect.ledger import Axis, plain
 from dissect.meeting import hold, until
@@ -103,6 +103,7 @@ def assembled(ctx: Context, main: Value, left: list[Part], right: list[Part], di
     length = main.clock.length.then(len(left) + len(right) - 1)
     facts: dict[str, Any] = {"padding": (len(left), len(right))}
     if not ctx.exact:
+        apart(main, left + right, main.shape[dim])
         main = ctx.sure(main)
         exact = not right and all(silent(part) for part in left)
         lost = "the shorter tensor is left out" if others(main, left + right) else "the clip's edges are left out"

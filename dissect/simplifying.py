@@ -2,7 +2,8 @@
 
 ``torch.export`` keeps a network's operators as they were called: ``torch.concat`` and ``torch.cat``, ``x.divide(y)`` and
 ``x / y`` are different ones. Whatever has no converter is replaced by torch's own definition of it, and that again,
-until every operator has a converter or no definition. What has a converter is never taken apart.
+until every operator has a converter or no definition. What has a converter is never taken apart, nor what makes a
+constant, which torch computes as it stands, to the last bit.
 
 Source: the composite kernels of ATen, and ``torch._decomp.core_aten_decompositions``, whose results are core ATen.
 """
@@ -40,9 +41,16 @@ def simplified(program: ExportedProgram) -> ExportedProgram:
 
 
 def _strangers(program: ExportedProgram) -> set[Any]:
-    """The operators that no converter knows."""
-    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    return {target for target in targets if isinstance(target, torch._ops.OpOverload) and find(target) is None}
+    """The operators on something that the clip gives which no converter knows."""
+    given = set(program.graph_signature.user_inputs)
+    moving = {node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
+    found = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not moving.isdisjoint(node.all_input_nodes):
+            moving.add(node)
+            if isinstance(node.target, torch._ops.OpOverload) and find(node.target) is None:
+                found.add(node.target)
+    return found
 
 
 def _definition(target: Any) -> Callable[..., Any] | None:

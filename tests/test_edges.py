@@ -159,7 +159,9 @@ def test_a_convolution_over_edges(name: str, before: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("pad", ["replicate 1, 1", "replicate 3, 1", "reflect 2, 2"])
+@pytest.mark.parametrize(
+    "pad", ["replicate 1, 1", pytest.param("replicate 3, 1", marks=pytest.mark.slow), "reflect 2, 2"]
+)
 @pytest.mark.parametrize("name", READERS)
 def test_who_reads_edges(name: str, pad: str) -> None:
     check(Reader(PADDINGS[pad], READERS[name](), before=pad == "reflect 2, 2"), twice="padded" in name)

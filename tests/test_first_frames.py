@@ -324,7 +324,7 @@ def test_every_length_is_the_networks_own(run: Callable[[Net, Tensor], Any]) -> 
 
 
 @pytest.mark.parametrize("run", LOOPS)
-@pytest.mark.parametrize("preset", ["causal", "d3d"])
+@pytest.mark.parametrize("preset", [pytest.param("causal", marks=pytest.mark.slow), "d3d"])
 def test_keeps_its_promises(run: Callable[[Net, Tensor], Any], preset: str) -> None:
     network, clip = made(run)
     stream = dissect.convert(network, clip[:, :, :FRAMES], preset=preset)
