@@ -74,8 +74,9 @@ def others(main: Value, parts: Sequence[Part]) -> int:
 
 
 def apart(main: Value, parts: Sequence[Part], size: int) -> None:
-    """Refuse to leave out of a concatenation what is no edge of the clip, but half as long as it, or longer."""
-    if 2 * others(main, parts) >= size:
+    """Refuse to leave out of a concatenation the levels of a pyramid: half as long as the main part, and at another rate."""
+    rates = {part.value.clock.removed * part.value.clock.stride for part in parts if not part.value.constant}
+    if 2 * others(main, parts) >= size and rates != {main.clock.removed * main.clock.stride}:
         raise Refused(*_TWO)
 
 
