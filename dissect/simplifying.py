@@ -29,15 +29,21 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 def simplified(program: ExportedProgram) -> ExportedProgram:
     """A functional program, without operators that have no converter but a definition."""
+    table = _definitions(program)
     for _ in range(ROUNDS):
-        table = {target: _definition(target) for target in _strangers(program)}
-        known = {target: definition for target, definition in table.items() if definition is not None}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = program.run_decompositions(known)
-        if not any(_definition(target) for target in _strangers(program)):
+            program = program.run_decompositions(table)
+        table = _definitions(program)
+        if not table:
             break
     return program
+
+
+def _definitions(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
+    """torch's own definitions of the operators that no converter knows, where it has some."""
+    found = {target: _definition(target) for target in _strangers(program)}
+    return {target: definition for target, definition in found.items() if definition is not None}
 
 
 def _strangers(program: ExportedProgram) -> set[Any]:
