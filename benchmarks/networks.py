@@ -94,7 +94,7 @@ def clip_call(name: str, threads: int, folder: Path) -> Callable[[], Any]:
         logging.disable(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(NETWORKS[name].network(), example, str(path), dynamo=True, verbose=False)
+            torch.onnx.export(NETWORKS[name].network(), NETWORKS[name].example(), str(path), dynamo=True, verbose=False)
         logging.disable(logging.NOTSET)
     session = open_session(path, "cpu", threads)
     leaves = example[0] if isinstance(example[0], list) else example

@@ -52,7 +52,6 @@ def select_scatter(ctx: Context, base: Value, source: Value, dim: int, index: in
     size = base.shape[dim]
     given, index = index, index % size
     base, source = ctx.sure(base), ctx.sure(source)
-    moving = source if base.constant else base
     if not source.constant:
         source = ctx.reframe(source, Axes((*source.axes.dims[:dim], Axis(), *source.axes.dims[dim:])))
     else:
@@ -60,8 +59,9 @@ def select_scatter(ctx: Context, base: Value, source: Value, dim: int, index: in
         node = ctx.graph.call_function(torch.unsqueeze, (source.node, dim))
         tensor = source.tensor.unsqueeze(dim)
         source = replace(source, node=node, tensor=tensor, axes=ledger.plain(tensor.shape), name=None)
-    if base.constant:
+    if base.constant and source.time is None:
         raise Refused("writing one frame into a constant", "stack the frames instead")
+    moving = source if base.constant else base
     if moving.axes[dim].plain:
         return beside(ctx, base, source, dim, index, index + 1, 1)
     if not moving.axes[dim].is_time:

@@ -144,11 +144,13 @@ def onnx_window(model: nn.Module, inputs: tuple[Any, ...], threads: int | None =
     import torch
     from torch.utils import _pytree as pytree
 
+    from dissect.capturing import copied
+
     with tempfile.TemporaryDirectory(prefix="dissect-") as folder:
         file = Path(folder) / "clip.onnx"
         try:
             with _silent():
-                torch.onnx.export(model, inputs, str(file), dynamo=True, verbose=False)
+                torch.onnx.export(model, copied(inputs), str(file), dynamo=True, verbose=False)
             session = open_session(file, providers, threads)
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -165,9 +167,11 @@ def eager_window(model: nn.Module, inputs: tuple[Any, ...]) -> Call:
     """A call that runs the clip network in PyTorch itself."""
     import torch
 
+    from dissect.capturing import copied
+
     def call() -> Any:
         with torch.inference_mode():
-            return model(*inputs)
+            return model(*copied(inputs))  # a forward may change the list of its pathways
 
     return call
 

@@ -1,7 +1,8 @@
 """Results that a loop writes into a tensor one by one, or joins to those before, as one stack or concatenation.
 
 ``out = torch.zeros(B, T, C); for t in range(T): out[:, t] = f(x[:, t])`` is captured as a chain of writes, each of which
-holds all of ``out``; what is read from it on the way is what was written there. The law: the graph computes what it
+holds all of ``out``; what is read from it on the way is what was written there. ``out[:, t:t + 1] = ...`` and
+``out[:, t] += ...`` are other ways to write that. The law: the graph computes what it
 computed before. A tensor that depends on the clip, and is written over, is left as it is: it has frames of its own.
 """
 
@@ -13,13 +14,16 @@ import torch
 from torch import fx
 
 from dissect.capturing import Captured
-from dissect.carrying import FILLED
+from dissect.carrying import FILLED, filled
 from dissect.copies import shape_of
 from dissect.unrolling import value_written
 
 __all__ = ["collected"]
 
 aten = torch.ops.aten
+_SLICE = aten.slice_scatter.default
+_WRITES = (aten.select_scatter.default, _SLICE)
+_FULL = {aten.zeros.default: 0.0, aten.ones.default: 1.0, aten.full.default: None}
 
 
 def collected(captured: Captured) -> Captured:
@@ -31,8 +35,8 @@ def collected(captured: Captured) -> Captured:
         if node.target in FILLED or fixed.issuperset(node.all_input_nodes):
             fixed.add(node)
         elif node.target is aten.select.int:
-            _read(node, fixed)
-        elif node.target is aten.select_scatter.default:
+            _read(captured, node, fixed)
+        elif node.target in _WRITES:
             _written(node, fixed)
         elif node.target is aten.cat.default:
             _grown(node)
@@ -40,15 +44,26 @@ def collected(captured: Captured) -> Captured:
     return captured
 
 
-def _chain(node: Any, dim: int) -> tuple[dict[int, fx.Node], Any]:
+def _write(node: Any) -> tuple[Any, Any, int, int] | None:
+    """What one frame is written into, the frame, the dimension and the index; None for anything else."""
+    if not isinstance(node, fx.Node) or node.target not in _WRITES:
+        return None
+    base, value, *where = _operands(node)
+    shape = node.meta["val"].shape
+    dim, start, stop, step = (*where, *(0, None, None, 1)[len(where) :]) if node.target is _SLICE else (*where, None, 1)
+    dim %= len(shape)
+    first, last, _ = slice(start, stop).indices(shape[dim])
+    if node.target is _SLICE and (step != 1 or last - first != 1 or shape[dim] == 1):
+        return None
+    return base, value_written(value), dim, first if node.target is _SLICE else start % shape[dim]
+
+
+def _chain(node: Any, target: Any, dim: int) -> tuple[dict[int, fx.Node], Any]:
     """What a chain of writes has written along a dimension, by index, and the tensor below."""
     found: dict[int, fx.Node] = {}
-    while isinstance(node, fx.Node) and node.target is aten.select_scatter.default:
-        base, value, along, index = _operands(node)
-        shape = node.meta["val"].shape
-        if along % len(shape) != dim:
-            break
-        found.setdefault(index % shape[dim], value_written(value))
+    while (write := _write(node)) is not None and node.target is target and write[2] == dim:
+        base, value, _, index = write
+        found.setdefault(index, value)
         node = base
     return found, node
 
@@ -57,38 +72,49 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
-def _read(node: fx.Node, fixed: set[fx.Node]) -> None:
-    """A frame of a tensor that was written before is what was written."""
+def _read(captured: Captured, node: fx.Node, fixed: set[fx.Node]) -> None:
+    """A frame of a tensor that was written before is what was written; of one number, that number."""
     source, along, index = _operands(node)
-    if not isinstance(source, fx.Node) or source.target is not aten.select_scatter.default:
+    if not isinstance(source, fx.Node):
         return
     shape = source.meta["val"].shape
     dim = along % len(shape)
-    found, base = _chain(source, dim)
+    found, base = _chain(source, aten.select_scatter.default, dim)
     at = index % shape[dim]
     if base not in fixed:
         return
     if at not in found:
-        node.args = (base, dim, at)
+        number = _number(base)
+        if number is None:
+            node.args = (base, dim, at)
+        else:
+            with captured.graph.inserting_before(node):
+                node.replace_all_uses_with(filled(captured, node, number))
     elif shape_of(found[at]) == shape_of(node):
         node.replace_all_uses_with(found[at])
 
 
+def _number(base: fx.Node) -> float | None:
+    """The number that fills a tensor."""
+    if base.target in FILLED or base.target in _FULL:
+        number = {**FILLED, **_FULL}[base.target]
+        return base.args[-1] if number is None else number  # type: ignore[return-value]
+    return None
+
+
 def _written(node: fx.Node, fixed: set[fx.Node]) -> None:
     """A tensor all of which has been written."""
-    if any(user.target is node.target and user.args[0] is node for user in node.users):
+    write = _write(node)
+    if write is None or any(user.target is node.target and user.args[0] is node for user in node.users):
         return
     shape = node.meta["val"].shape
-    dim = _operands(node)[2] % len(shape)
-    found, base = _chain(node, dim)
+    dim = write[2]
+    found, base = _chain(node, node.target, dim)
     frames = [found[at] for at in sorted(found)]
-    rest = (*shape[:dim], *shape[dim + 1 :])
-    if (
-        base in fixed
-        and len(frames) == shape[dim]
-        and all(shape_of(at) == (rest, node.meta["val"].dtype) for at in frames)
-    ):
-        node.target, node.args = aten.stack.default, (frames, dim)
+    keep = (1,) if node.target is _SLICE else ()
+    wanted = ((*shape[:dim], *keep, *shape[dim + 1 :]), node.meta["val"].dtype)
+    if base in fixed and len(frames) == shape[dim] and all(shape_of(at) == wanted for at in frames):
+        node.target, node.args, node.kwargs = (aten.cat if keep else aten.stack).default, (frames, dim), {}
 
 
 def _grown(node: fx.Node) -> None:

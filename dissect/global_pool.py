@@ -37,7 +37,7 @@ def pool_time(
     facts: dict[str, Any] = {"kernel": count or clock.length(ctx.frames), "stride": stride}
     if policy == "none" or (policy == "window" and positions == 1):
         exact = policy == "window" and not given
-        why = "" if exact else "every frame for itctx"
+        why = "" if exact else "every frame for itself"
         ctx.row("per frame", exact=exact, reason=why, **facts)
         return replace(value, axes=axes, timing=timing)
     if policy == "cumulative":

@@ -412,7 +412,8 @@ def _laid_out(value: Any, text: str | None) -> Input:
             return _timed(value, None)
         if _is_listed(text):
             raise PlanError(
-                f"layout {text!r} has time first, which stands for a list of frames; a tensor has its batch first"
+                f"layout {text!r} has time first, which stands for a list of frames; a tensor has its batch first: "
+                "wrap the network in one that calls it with x.transpose(0, 1)"
             )
         return Input(parse(text, value.shape), value.dtype, value.device)
     shapes = {tuple(frame.shape) for frame in value}
@@ -431,7 +432,8 @@ def _timed(value: Tensor, dim: int | None) -> Input:
         if dim % value.dim() == 0:
             raise PlanError(
                 f"time_dim={dim} is the batch of an input of shape {tuple(value.shape)}; the batch comes first, time after it "
-                "(for time merged with the batch give layout='(b t=8) c h w')"
+                "(for time merged with the batch give layout='(b t=8) c h w'; where time comes first, wrap the network in one "
+                "that calls it with x.transpose(0, 1))"
             )
         dims[dim % value.dim()] = Axis((Factor("T", int(value.shape[dim])),))
     return Input(Axes(tuple(dims)), value.dtype, value.device)

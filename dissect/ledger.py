@@ -201,7 +201,7 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
                 if ended.kind == "N":
                     taken.append(ended)
             if not queue:
-                raise LedgerError(f"{tuple(axes.shape)} does not reshape to {tuple(shape)}")
+                raise LedgerError(f"({_sizes(axes, axes.shape)}) does not reshape to ({_sizes(axes, shape)})")
             head = queue.pop(0)
             while head.kind == "S" and room % head.size and queue and queue[0].kind == "S":
                 head = Factor("S", head.size * queue.pop(0).size)  # plain neighbours may be dealt out anew
@@ -212,7 +212,7 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
             share = gcd(room, head.size)
             if head.kind != "S" or share != room:
                 name = {"N": "the batch axis", "T": "the time axis", "K": "the time axis"}.get(head.kind, "an axis")
-                cut = f"view({', '.join(map(str, shape))}) cuts through {name} of size {head.size}"
+                cut = f"view({_sizes(axes, shape)}) cuts through {name} of size {head.size}"
                 if head.kind == "T":
                     raise LedgerError(
                         f"{cut}: each piece begins anew and ends with a frame of its own, where a stream has no such places",
@@ -226,11 +226,23 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
     return Axes(tuple(dims))
 
 
+def _sizes(axes: Axes, shape: Sequence[int]) -> str:
+    """Sizes in words: N stands for the batch, which a capture sets to a number of its own."""
+    batch = next((factor.size for axis in axes.dims for factor in axis.factors if factor.kind == "N"), 1)
+
+    def said(size: int) -> str:
+        many, rest = divmod(size, batch)
+        return str(size) if batch == 1 or rest else "N" if many == 1 else f"N*{many}"
+
+    return ", ".join(map(said, shape))
+
+
 def _told(axis: Axis) -> str:
     """An axis in words."""
     names = {"N": "the batch", "T": "time", "S": "space or channels", "K": "a window of positions"}
     factors = [factor for factor in axis.factors if factor.size > 1 or len(axis.factors) == 1]
-    return f"a dimension of {' x '.join(f'{names[factor.kind]} ({factor.size})' for factor in factors) or 'one entry'}"
+    told = (names[factor.kind] + ("" if factor.kind == "N" else f" ({factor.size})") for factor in factors)
+    return f"a dimension of {' x '.join(told) or 'one entry'}"
 
 
 def broadcast(ledgers: Sequence[Axes]) -> Axes:

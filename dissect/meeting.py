@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from dissect.holding import Hold, counted
-from dissect.ledger import Axes, Axis, Factor, bare, plain_axis
+from dissect.ledger import Axes, Axis, Factor, bare
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
@@ -172,16 +173,27 @@ def spread(ctx: Context, value: Value) -> Value:
     dim, count = value.axes.time, positions(value.axes)
     assert dim is not None
     assert count is not None
-    single = replace(value, axes=value.axes.replace(dim, Axis((Factor("T", 1),))), timing=value.clock.but(still=False))
+    axis = value.axes[dim]
+
+    def repeated(kind: str, size: int) -> Axis:
+        """The axis of time, which may be merged with others, with ``size`` positions of that kind."""
+        factors = (Factor(kind, size) if factor.kind == "T" else factor for factor in axis.factors)  # type: ignore[arg-type]
+        return Axis(tuple(factor for factor in factors if factor.size > 1 or factor.kind != "S"))
+
+    single = replace(value, axes=value.axes.replace(dim, repeated("T", 1)), timing=value.clock.but(still=False))
     held = ended(ctx, single)
     if count == ctx.frames:
-        axes = value.axes.replace(dim, Axis((Factor("T", count),)))
+        axes = value.axes.replace(dim, repeated("T", count))
         whole = ctx.reframe(replace(held, timing=held.clock.but(length=Length())), axes)
         ctx.broadcast_back([held, whole])
         return whole
-    wide = held.axes.replace(dim, plain_axis(count))
-    at = held.axes.kept(dim)
-    assert at is not None
-    sizes = [-1] * (len(held.axes.frame) + 1)
-    sizes[at + 1] = count
-    return ctx.call(torch.Tensor.expand, (held, tuple(sizes)), wide, held.clock, held.dtype)
+    wide = held.axes.replace(dim, repeated("S", count))
+    factors = [factor for axis in value.axes.dims for factor in axis.factors]
+    at = next(index for index, factor in enumerate(factors) if factor.kind == "T")
+    inner = prod(factor.size for factor in factors[at:] if factor.inner)
+    return ctx.call(spread_out, (held, inner, count, wide.frame), wide, held.clock, held.dtype)
+
+
+def spread_out(x: torch.Tensor, inner: int, count: int, frame: tuple[int, ...]) -> torch.Tensor:
+    """Frame tensors with the entries before the last ``inner`` numbers repeated."""
+    return x.reshape(x.shape[0], -1, 1, inner).expand(-1, -1, count, -1).reshape(-1, *frame)

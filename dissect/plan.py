@@ -53,7 +53,6 @@ class Row:
     dilation: int | None = None
     cache_shape: tuple[int, ...] | None = None
     cache_bytes: int = 0
-    macs: int = 0
     future: bool = False
     placed: bool = False
     source: str = ""

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from dissect.capturing import Captured
+from dissect.kernels import weighted
 from dissect.ledger import Axes
 from dissect.unrolling import value_written
 from dissect.unwrapping import derived
@@ -25,6 +26,7 @@ __all__ = ["reworded"]
 
 aten = torch.ops.aten
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+_ADAPTIVE = {getattr(aten, f"adaptive_{kind}_pool{dims}d").default for kind in ("avg", "max") for dims in (1, 2, 3)}
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int)
 
 
@@ -42,6 +44,10 @@ def reworded(captured: Captured, trace: Mapping[str, Value]) -> bool:
             changed |= _pieces(node, trace)
         elif node.target is aten.slice_scatter.default:
             changed |= _written_in_turn(node, trace)
+        elif node.target in _ADAPTIVE:
+            changed |= _bins(node, trace)
+        else:
+            changed |= weighted(node, trace)
     if changed:
         captured.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         captured.graph.lint()
@@ -155,6 +161,39 @@ def _written_in_turn(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     with node.graph.inserting_before(node):
         whole = derived(node, aten.stack.default, ([parts[at] for at in range(step)], dim + 1), "in_turn")
         _become(node, aten.reshape.default, (whole, shape))
+    return True
+
+
+def _bins(node: fx.Node, trace: Mapping[str, Value]) -> bool:
+    """An adaptive pool over time whose bins are no pool with a stride, for they overlap: a mean, or a maximum, of each."""
+    given: Any = node.args
+    source, sizes = given[0], [int(size) for size in given[1]]
+    axes = _moving(source, trace)
+    results = [node] if isinstance(node.meta["val"], torch.Tensor) else [*node.users]
+    if axes is None or any(result.name in trace for result in results):
+        return False
+    dim = next((dim for dim, axis in enumerate(axes.dims) if axis.is_time), -1)
+    at = dim - (len(axes) - len(sizes))
+    if dim < 0 or at < 0 or not axes[dim].size % sizes[at]:
+        return False
+    if results != [node] and any(user.args[1] != 0 for user in results):
+        return False
+    frames, wanted = axes[dim].size, sizes[at]
+    pooled = aten.mean.dim if results == [node] else aten.amax.default
+    with node.graph.inserting_before(node):
+        inside = [*sizes[:at], frames, *sizes[at + 1 :]]
+        y = source
+        if inside != [*axes.shape[len(axes) - len(sizes) :]]:
+            y = derived(node, node.target, (source, inside), "inside")
+            y = y if results == [node] else derived(node, operator.getitem, (y, 0), "largest")
+        bins = [(index * frames // wanted, -(-(index + 1) * frames // wanted)) for index in range(wanted)]
+        parts = []
+        for index, (start, stop) in enumerate(bins):
+            part = derived(node, aten.slice.Tensor, (y, dim, start, stop), f"bin_{index}")
+            part.meta["fixed"] = True  # the bins follow the length of the clip
+            parts.append(derived(node, pooled, (part, [dim], True), f"pool_{index}"))
+    for result in results:
+        _become(result, aten.cat.default, (parts, dim))
     return True
 
 

@@ -150,6 +150,8 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
             ctx.like = placeholder
     for node in captured.graph.nodes:
         ctx.node = node
+        if "fixed" in node.meta:
+            ctx.grain = lcm(ctx.grain, ctx.frames)
         if node.op == "placeholder":
             if node.name in captured.tensors:
                 name, tensor = captured.tensors[node.name]

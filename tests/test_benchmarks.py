@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+from dissect import benchmarking
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHARED = {"measuring", "networks"}
@@ -43,6 +47,28 @@ def test_quartiles_and_words(measuring: object) -> None:
     assert str(times) == "3 (2 to 4)"
     assert measuring.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"  # type: ignore[attr-defined]
     assert "2 thread(s) used, processor time" in measuring.machine(2, "cpu")  # type: ignore[attr-defined]
+
+
+class Pathways(nn.Module):
+    """Changes the list that it is given, as two-pathway networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv3d(3, 2, 1), nn.Conv3d(3, 2, 1)])
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x[index] = layer(x[index]).mean((2, 3, 4))
+        return x[0] + x[1]
+
+
+def test_a_window_is_asked_again_and_again() -> None:
+    inputs = ([torch.rand(1, 3, 2, 4, 4), torch.rand(1, 3, 4, 4, 4)],)
+    network = Pathways().eval()
+    for call in (benchmarking.eager_window(network, inputs), benchmarking.onnx_window(network, inputs, 1)):
+        first, second = call(), call()
+        assert torch.equal(torch.as_tensor(first[0]), torch.as_tensor(second[0]))
+    assert inputs[0][0].shape == (1, 3, 2, 4, 4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -189,6 +189,22 @@ def written(net: Net, x: Tensor) -> Tensor:
     return out
 
 
+def written_as_slices(net: Net, x: Tensor) -> Tensor:
+    h, out = torch.zeros_like(x[:, :, 0]), torch.zeros(x.shape, dtype=x.dtype)
+    for t in range(x.shape[2]):
+        h = net.cell(x[:, :, t], h)
+        out[:, :, t : t + 1] = h.unsqueeze(2)
+    return out
+
+
+def added_into_zeros(net: Net, x: Tensor) -> Tensor:
+    h, out = torch.zeros_like(x[:, :, 0]), torch.zeros(x.shape[2], *x[:, :, 0].shape, dtype=x.dtype)
+    for t in range(x.shape[2]):
+        h = net.cell(x[:, :, t], h)
+        out[t] += net.each(h)
+    return out.movedim(0, 2)
+
+
 def read_back(net: Net, x: Tensor) -> Tensor:
     """The state before is read from where it was written."""
     out = torch.zeros_like(x)
@@ -273,6 +289,8 @@ LOOPS = [
     two_ago_from_the_first,
     beside_the_states,
     written,
+    written_as_slices,
+    added_into_zeros,
     read_back,
     grown,
     running_sum,

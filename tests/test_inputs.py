@@ -92,6 +92,28 @@ class Listed(Layers):
         return self.score(self.clip(x).mean((2, 3, 4)))
 
 
+class TimeFirst(Layers):
+    """A network for (T, B, C, H, W), as spiking and recurrent code has it, in a wrapper: scores in its own order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.GRU(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        features = self.frame(x.flatten(0, 1)).relu().mean((2, 3)).view(*x.shape[:2], -1)
+        return self.score(self.memory(features)[0])
+
+
+class BehindEachOther(Layers):
+    """(T*B, C, H, W): the first frames of all clips, then the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.frame(x).relu()
+        x = self.clip(x.view(T, -1, *x.shape[1:]).permute(1, 2, 0, 3, 4))
+        return self.score(x.mean((3, 4)).transpose(1, 2))
+
+
 LAYOUTS: dict[str, tuple[type[Layers], Any, Any]] = {
     "(b t=6) c h w": (Trunk, drawn(2 * T, 3, 6, 6), "(b t=6) c h w"),
     "(b=2 t) c h w": (Trunk, drawn(2 * T, 3, 6, 6), "(b=2 t) c h w"),
@@ -101,6 +123,8 @@ LAYOUTS: dict[str, tuple[type[Layers], Any, Any]] = {
     "b (t c=3) h w, early": (Early, drawn(2, 3 * T, 6, 6), "b (t c=3) h w"),
     "b (c t=6) h w, early": (Early, drawn(2, 3 * T, 6, 6), "b (c t=6) h w"),
     "b t h w c": (Bytes, (drawn(2, T, 6, 6, 3).abs() * 80).clamp(0, 255).to(torch.uint8), "b t h w c"),
+    "b t c h w, time first inside": (TimeFirst, drawn(2, T, 3, 6, 6), "b t c h w"),
+    "(t b=2) c h w": (BehindEachOther, drawn(2 * T, 3, 6, 6), "(t b=2) c h w"),
     "t b c h w": (Listed, ([drawn(2, 3, 6, 6) for _ in range(T)],), "t b c h w"),
 }
 
@@ -122,9 +146,6 @@ def test_dense_inputs_are_the_network_s_own_in_another_layout(name: str) -> None
     stream = dissect.convert(network, example, preset="causal", layout=layout)
     own = example if isinstance(example, tuple) else (example,)
     dense = stream.dense(*own)
-    assert (
-        torch.utils._pytree.tree_all(torch.equal, torch.utils._pytree.tree_map(torch.as_tensor, own)) if False else True
-    )
     for got, wanted in zip(
         torch.utils._pytree.tree_leaves(stream.original(*dense)), torch.utils._pytree.tree_leaves(own), strict=True
     ):
@@ -240,7 +261,6 @@ def test_a_layout_names_factors_in_order() -> None:
         ("b (t c h w", (16, 3, 5, 5), "not closed"),
         ("b b t h w", (2, 3, 8, 5, 5), "twice"),
         ("b c ... h w", (2, 3, 8, 5, 5), "not understood"),
-        ("t b c h w", (8, 2, 3, 5, 5), "list of frames"),
         (("b c t h w", None), (2, 3, 8, 5, 5), "2 layouts"),
     ],
 )

@@ -257,3 +257,48 @@ def test_writes_that_leave_gaps_are_refused() -> None:
 
     with pytest.raises(dissect.NotStreamable, match="with gaps, into a constant"):
         dissect.convert(made(run, a=nn.Conv3d(3, 3, 1)), random(1, 3, 8, 4, 4))
+
+
+# Bins of uneven length.
+
+
+@pytest.mark.parametrize(("kind", "bins"), [("avg", (3, 1, 1)), ("max", (5, 2, 2)), ("max", (3, None, None))])
+def test_an_adaptive_pool_with_uneven_bins(kind: str, bins: tuple[int | None, ...]) -> None:
+    pool = (nn.AdaptiveAvgPool3d if kind == "avg" else nn.AdaptiveMaxPool3d)(bins)  # type: ignore[arg-type]
+
+    def run(net: Layers, x: Tensor) -> Tensor:
+        return pool(net.a(x)).flatten(1) @ torch.linspace(-1, 1, 3 * (bins[0] or 1) * (bins[1] or 4) ** 2).double()
+
+    kept(made(run, a=nn.Conv3d(3, 3, 3, padding=1)), random(1, 3, 8, 4, 4))
+
+
+def test_a_spatial_pyramid_over_time_with_uneven_levels() -> None:
+    def run(net: Layers, x: Tensor) -> Tensor:
+        y = net.a(x).relu()
+        return net.b(torch.cat([F.adaptive_max_pool3d(y, (level, 1, 1)).flatten(1) for level in (1, 2, 3)], 1))
+
+    layers = {"a": nn.Conv3d(3, 4, 3, (2, 1, 1), 1), "b": nn.Linear(24, 5)}
+    kept(made(run, **layers), random(1, 3, 16, 4, 4))
+
+
+# One dimension of a write inside the frame.
+
+
+def test_a_shift_of_the_class_token() -> None:
+    """TokShift: channels of one token of every frame move along time, written into zeros."""
+
+    def shifted(x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, :-1, 0, :2] = x[:, 1:, 0, :2]
+        out[:, 1:, 0, 2:4] = x[:, :-1, 0, 2:4]
+        out[:, :, 0, 4:] = x[:, :, 0, 4:]
+        out[:, :, 1:] = x[:, :, 1:]
+        return out
+
+    def run(net: Layers, x: Tensor) -> Tensor:
+        tokens = net.a(x).flatten(3).permute(0, 2, 3, 1)  # rows, frames, tokens, channels
+        tokens = tokens + net.b(shifted(tokens))
+        return net.b(shifted(tokens))[:, :, 0]
+
+    layers = {"a": nn.Conv3d(3, 6, (1, 2, 2), (1, 2, 2)), "b": nn.Linear(6, 6)}
+    kept(made(run, **layers), random(1, 3, 6, 4, 4))
