@@ -105,7 +105,63 @@ def sequence(**arguments: Any) -> Package:
     return Package("pytorch-tcn", "pytorch_tcn:TCN", settings, (1, 4, 20), {"time_dim": 2})
 
 
+def mvit(**arguments: Any) -> nn.Module:
+    """torchvision's MViT with two blocks, the second of which halves the frame."""
+    block = found("torchvision.models.video.mvit:MSBlockConfig")
+    kernels = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_kv": [1, 2, 2]}
+    blocks = [
+        block(num_heads=1, input_channels=8, output_channels=16, stride_q=[1, 1, 1], **kernels),
+        block(num_heads=2, input_channels=16, output_channels=16, stride_q=[1, 2, 2], **kernels),
+    ]
+    model: nn.Module = found("torchvision.models.video.mvit:MViT")(
+        spatial_size=(32, 32), temporal_size=8, block_setting=blocks, num_classes=5, dropout=0.0, **arguments
+    )
+    return model
+
+
 PACKAGES = {
+    "torchvision Swin3D": Package(
+        "torchvision",
+        "torchvision.models.video.swin_transformer:SwinTransformer3d",
+        {
+            "patch_size": [2, 4, 4],
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 2],
+            "window_size": [8, 7, 7],
+            "num_classes": 5,
+        },
+        (1, 3, 8, 32, 32),
+    ),
+    "torchvision MViT": Package(
+        "torchvision",
+        "survey.packages:mvit",
+        {"residual_pool": False, "residual_with_cls_embed": True, "rel_pos_embed": False, "proj_after_attn": False},
+        (1, 3, 8, 32, 32),
+    ),
+    "torchvision MViT v2": Package(
+        "torchvision",
+        "survey.packages:mvit",
+        {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True},
+        (1, 3, 8, 32, 32),
+    ),
+    "pytorchvideo MViT": Package(
+        "pytorchvideo",
+        "pytorchvideo.models.vision_transformers:create_multiscale_vision_transformers",
+        {
+            "spatial_size": 32,
+            "temporal_size": 8,
+            "depth": 2,
+            "patch_embed_dim": 8,
+            "embed_dim_mul": [[1, 2.0]],
+            "atten_head_mul": [[1, 2.0]],
+            "pool_q_stride_size": [[1, 1, 2, 2]],
+            "pool_kv_stride_size": [[0, 1, 2, 2]],
+            "pool_kvq_kernel": [3, 3, 3],
+            "head_num_classes": 5,
+        },
+        (1, 3, 8, 32, 32),
+    ),
     "MONAI UNet": monai("UNet", **VOLUME, channels=(4, 8, 16), strides=(2, 2), num_res_units=2, norm="batch"),
     "MONAI UNet, instance norms": monai("UNet", **VOLUME, channels=(4, 8, 16), strides=(2, 2)),
     "MONAI BasicUNet": monai("BasicUNet", **VOLUME, features=(4, 4, 8, 8, 16, 4)),
