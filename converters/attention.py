@@ -131,6 +131,8 @@ def attention(
     scores = contract(ctx, [q, k], [[*batch, "i", "k"], [*batch, "j", "k"]], [*batch, "i", "j"], as_keys, "j")
     factor = scale if scale is not None else q.shape[-1] ** -0.5
     scores = ctx.call(torch.mul, (scores, factor), scores.axes, scores.clock, scores.dtype)
+    if scores.axes[len(scores.axes) - 1].is_time:  # queries that are no frames
+        scores = window(ctx, scores, "softmax over time")
     if causal:
         mask = ctx.constant(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), "causal")
     if mask is not None:

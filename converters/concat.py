@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def side_by_side(ctx: Context, value: Value, dim: int) -> Value:
     """A tensor whose positions stand beside one another among its features, as a window of them."""
     if value.constant or "T" not in value.axes[dim].kinds:
         return value
+    ctx.grain = lcm(ctx.grain, ctx.frames)  # of a shorter clip there are fewer
     held = window(ctx, value, "positions side by side")
     return replace(held, axes=held.axes.replace(dim, ledger.plain_axis(held.axes[dim].size)))
 

@@ -9,6 +9,7 @@ import torch
 
 from dissect.context import Context, Refused, Value
 from dissect.converters.crowded import crowded, grouped, lifted, rowwise
+from dissect.converters.linear import points
 from dissect.converters.stacked import stacked_conv
 from dissect.convolution import FrameConv, TemporalConv
 from dissect.primitives import WindowReduce
@@ -83,8 +84,7 @@ def convolution(
     if transposed:
         from dissect.converters.transposed import conv_transpose
 
-        upward: Value = conv_transpose(ctx, x, weight, bias, stride, padding, output_padding, groups, dilation)
-        return upward
+        return conv_transpose(ctx, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return conv(ctx, x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -111,7 +111,8 @@ def convolve(
         )
     stacked = "T" in x.axes[1].kinds
     for dim, axis in enumerate(x.axes.dims):
-        if dim != 0 and not axis.plain and not (dim == 1 and stacked) and not (dim > 1 and axis.is_time):
+        point = dim > 1 and (weight.shape[dim], stride[dim - 2], padding[dim - 2]) == (1, 1, (0, 0))
+        if dim and not axis.plain and not (dim == 1 and stacked) and not (dim > 1 and axis.is_time) and not point:
             names = dict.fromkeys({"N": "the batch", "T": "time"}.get(kind, "space") for kind in axis.kinds)
             raise Refused(f"a convolution over an axis that merges {' and '.join(names)}")
     if crowded(x) and not stacked:
@@ -129,14 +130,15 @@ def convolve(
         "dilation": [dilation[dim] for dim in space],
         "groups": groups,
     }
+    if stacked and crowded(x):
+        return points(ctx, x, weight, bias, settings["padding"], groups)
     if stacked:
         return stacked_conv(ctx, x, weight, bias, settings)
     axes = x.axes.replace(1, type(x.axes[1])()).sized((x.shape[0], *(out or ctx.out_shape[1:])))
     if time is None:
         return build(ctx, FrameConv, x, x, weight, bias, axes, x.clock.plain(), settings)
     kernel, step, spacing, pads = weight.shape[2 + time], stride[time], dilation[time], padding[time]
-    facts: dict[str, Any] = {"kernel": kernel, "stride": step, "padding": pads, "dilation": spacing}
-    clock = x.clock
+    facts, clock = {"kernel": kernel, "stride": step, "padding": pads, "dilation": spacing}, x.clock
     if kernel == 1 and pads == (0, 0):
         if step > 1:
             ctx.row(

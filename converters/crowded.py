@@ -16,7 +16,7 @@ from torch import Tensor
 from dissect.context import Context, Value
 from dissect.ledger import Axes, Axis, plain, plain_axis
 
-__all__ = ["crowded", "grouped", "lifted", "rowwise"]
+__all__ = ["changed", "crowded", "grouped", "lifted", "rowwise"]
 
 
 def crowded(x: Value) -> bool:

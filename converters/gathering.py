@@ -16,6 +16,7 @@ from dissect.converters.convolution import strided
 from dissect.converters.cropping import slice_time
 from dissect.converters.edges import Part
 from dissect.converters.indexing import slice_
+from dissect.converters.picking import entries
 from dissect.converters.pointwise import pointwise
 from dissect.converters.time_axis import assembled
 from dissect.holding import RunningSum, Taps
@@ -46,20 +47,18 @@ def index_select(ctx: Context, x: Value, dim: int, index: Value) -> Value:
 @converter(aten.index.Tensor)
 def index(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(dim, value) for dim, value in enumerate(indices) if value is not None]
-    if len(given) != 1 or not given[0][1].constant or given[0][1].tensor is None:
+    if not all(value.constant and value.tensor is not None for _, value in given):
         raise Refused(
-            "an index of several dimensions, or one that the clip gives",
-            "torch.where for a choice by a mask, torch.gather for one by an index",
+            "an index that the clip gives", "torch.where for a choice by a mask, torch.gather for one by an index"
         )
-    dim, value = given[0]
+    first, value = given[0]
     tensor = value.tensor
     assert tensor is not None
-    if tensor.dtype == torch.bool and tensor.dim() == 1:
-        tensor = tensor.nonzero().flatten()
-        value = ctx.constant(tensor, "index")
-    if tensor.dim() != 1:
-        raise Refused("an index with dimensions of its own")
-    return index_select(ctx, x, dim, value)
+    if len(given) > 1 or tensor.dim() != 1:
+        return entries(ctx, x, first, [(dim, value.tensor) for dim, value in given if value.tensor is not None])
+    if tensor.dtype == torch.bool:
+        value = ctx.constant(tensor.nonzero().flatten(), "index")
+    return index_select(ctx, x, first, value)
 
 
 def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:

@@ -76,6 +76,8 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
     x = ctx.settled(x)
     clock = x.clock
     back = size - 1 - index
+    if back:
+        ctx.mixes(x)
     mark = frozenset({len(ctx.rows)})
     late = ctx.delay(x, back * clock.stride * (clock.removed if ctx.preset == "d3d" else 1))
     timing = clock.plain().but(old=late.clock.old, new=late.clock.new, pooled=clock.pooled | mark)

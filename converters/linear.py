@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dissect.context import Context, Refused, Value
+from dissect.converters.crowded import changed
 from dissect.ledger import Axes, plain_axis
 from dissect.primitives import Primitive, tap
 from dissect.registry import converter
@@ -113,6 +115,21 @@ def window_linear(ctx: Context, x: Value, weight: Value, bias: Value | None, out
     if layer is not None:
         return ctx.module(*layer, (known,), out, timing, x.dtype)
     return ctx.primitive("linear", WindowLinear(None, None, **settings), (known, weight, bias), out, timing, x.dtype)
+
+
+def points(
+    ctx: Context, x: Value, weight: Value, bias: Value | None, padding: Sequence[tuple[int, int]], groups: int
+) -> Value:
+    """Frames stacked on the channels of single points, in rows that carry more than the batch: a linear layer."""
+    single = all(size == 1 for size in (*x.shape[2:], *weight.shape[2:]))
+    if not single or groups != 1 or any(map(any, padding)):
+        raise Refused(
+            "a convolution of stacked frames whose rows carry more than the batch",
+            "give rows and frames dimensions of their own",
+        )
+    flat = ctx.reframe(x, Axes(x.axes.dims[:2]))
+    y: Value = linear(ctx, flat, changed(ctx, weight, Tensor.flatten, 1), bias)
+    return ctx.reframe(y, Axes((*y.axes.dims, *x.axes.dims[2:])))
 
 
 @converter(aten.bilinear.default)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -51,6 +52,32 @@ def wide(ctx: Context, value: Value, like: Value) -> Value:
 def repeated(x: Tensor, like: Tensor, frame: Sequence[int]) -> Tensor:
     """The same frame for each row of ``like``."""
     return x.reshape(1, *frame).expand(like.shape[0], *frame)
+
+
+def entries(ctx: Context, x: Value, first: int, given: Sequence[tuple[int, Tensor]]) -> Value:
+    """Entries of several neighbouring dimensions of a frame, or in a shape of the index's own: a matrix's upper half."""
+    parts: list[Tensor] = []
+    for dim, tensor in given:
+        if dim != first + len(parts):
+            raise Refused("an index of dimensions that are no neighbours", "permute them next to each other first")
+        parts += tensor.nonzero().unbind(1) if tensor.dtype == torch.bool else [tensor]
+    dims = range(first, first + len(parts))
+    if not all(x.axes[dim].plain for dim in dims):
+        raise Refused(
+            "an index of several dimensions one of which is time or the batch", "choose frames by an index of their own"
+        )
+    flat = torch.zeros((), dtype=torch.long)
+    for dim, part in zip(dims, parts, strict=True):
+        flat = flat * x.shape[dim] + part % x.shape[dim]
+    before, behind = x.axes.dims[:first], x.axes.dims[dims.stop :]
+    size = prod(x.shape[dim] for dim in dims)
+    x = ctx.reframe(ctx.sure(x), Axes((*before, plain_axis(size), *behind)))
+    at = x.axes.kept(first)
+    assert at is not None
+    chosen = ctx.constant(flat.flatten(), "index")
+    axes = x.axes.replace(first, plain_axis(flat.numel()))
+    y = ctx.call(torch.index_select, (x, at + 1, chosen), axes, x.clock, x.dtype)
+    return ctx.reframe(y, Axes((*before, *map(plain_axis, flat.shape), *behind)))
 
 
 @converter(aten.gather.default)

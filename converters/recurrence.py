@@ -51,6 +51,8 @@ def recurrence(
         raise Refused("a recurrence of an input without a batch dimension", "give it (batch, time, features)")
     if any(not weight.constant for weight in weights):
         raise Refused("a recurrence whose weights are computed from the clip")
+    if x.constant:
+        raise Refused("a recurrence over a constant, as a decoder of zeros is", "end the network before it")
     rows, run = (0, 1) if batch_first else (1, 0)
     along = x.axes[run]
     if "N" in along.kinds:
@@ -117,11 +119,15 @@ def recurrence(
         out = ctx.primitive(
             "recurrence", Recurrence(**settings, weights={}), ([x], list(weights)), features, timing, x.dtype, **extra
         )
+    ended = timing
+    if any(read(ctx.node, 1 + index) for index in range(count)):
+        ended = timing.but(pooled=timing.pooled | {len(ctx.rows)})
+        ctx.row("the newest hidden values", exact=True)
     last = [
         Value(
             stacked(ctx, out.node, [1 + level * count + index for level in range(levels)]),
             hidden(levels, x.axes[rows], size),
-            timing,
+            ended,
             x.dtype,
         )
         for index, size in enumerate(sizes)

@@ -1,6 +1,6 @@
 """Operators that order the values of a dimension, or say where one stands: inside a frame they are what they are.
 
-Over time they would give places in the clip, and a stream has no such places; the largest values alone are those of a window.
+Over time they would give places in the clip, and a stream has no such places; values alone are those of a window.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
 from dissect.registry import converter
-from dissect.windows import masked, window
+from dissect.windows import count, masked, window, windows
 
 aten = torch.ops.aten
 
@@ -60,6 +60,7 @@ def sort(
 ) -> tuple[Value, Value]:
     given: list[Any] = [*args, *(dim, descending)[len(args) :]]
     dim, descending = given
+    x, _ = lasting(ctx, x, dim, "the values in order", float("-inf") if descending else float("inf"))
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.sort, (at, descending), x.axes)
 
@@ -68,13 +69,26 @@ def sort(
 def topk(
     ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
 ) -> tuple[Value, Value]:
-    if x.axes[dim % len(x.axes)].is_time and not asked(ctx.node, 1):
-        x = window(ctx, ctx.sure(x), f"the {k} {'largest' if largest else 'smallest'}")
-        if x.axes.window is not None:
-            x = masked(ctx, x, float("-inf") if largest else float("inf"))
-        x = replace(x, axes=x.axes.replace(dim % len(x.axes), plain_axis(x.shape[dim])))
+    what = f"the {k} {'largest' if largest else 'smallest'}"
+    x, _ = lasting(ctx, x, dim, what, float("-inf") if largest else float("inf"))
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k))
+
+
+def lasting(ctx: Context, x: Value, dim: int, what: str, fill: float) -> tuple[Value, fx.Node | None]:
+    """Over time, where nobody asks for places: the window of all positions as a dimension of the frame.
+
+    ``fill`` stands for positions that do not exist yet. The second result is how many do, None where nothing was done.
+    """
+    dim %= len(x.axes)
+    if not x.axes[dim].is_time or asked(ctx.node, 1):
+        return x, None
+    x = window(ctx, ctx.sure(x), what)
+    there = None
+    if x.axes.window is not None:
+        there = count(ctx, windows(x.axes)[0])
+        x = masked(ctx, x, fill)
+    return replace(x, axes=x.axes.replace(dim, plain_axis(x.shape[dim]))), there
 
 
 @converter(aten.kthvalue.default)
@@ -85,8 +99,12 @@ def kthvalue(ctx: Context, x: Value, k: int, dim: int = -1, keepdim: bool = Fals
 
 @converter(aten.median.dim)
 def median(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
+    x, there = lasting(ctx, x, dim, "the value in the middle", float("inf"))
     at = inside(ctx, x, dim)
-    return pair(ctx, x, middle, (at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+    axes = shaped(ctx, x, dim, 1, keepdim)
+    if there is not None:
+        return pair(ctx, x, middle_of, (there, at, keepdim), axes)
+    return pair(ctx, x, middle, (at, keepdim), axes)
 
 
 @converter(aten.mode.default)
@@ -107,6 +125,15 @@ def middle(x: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
     if x.is_floating_point():
         values = torch.where(x.isnan().any(dim, keepdim), torch.nan, values)
     return values, places
+
+
+def middle_of(x: Tensor, count: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """The median of the first ``count`` values in order, for each row; the others are plus infinity."""
+    values, places = torch.topk(x, x.shape[dim], dim, False)
+    at = (count.long().clamp(min=1) - 1) // 2
+    at = at.reshape(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    values, places = values.gather(dim, at), places.gather(dim, at)
+    return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
 
 
 def commonest(x: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:

@@ -152,9 +152,10 @@ def in_time(ctx: Context, x: Value, time: int, mode: str, align: bool | None, sc
         raise Refused(f"a {mode} interpolation over time", "resample time linearly or to the nearest frame")
     up = wanted > count
     more, less = max(wanted, count), min(wanted, count)
-    corners = bool(align) and less > 1 and (more - 1) % (less - 1) == 0
     clock = x.clock
     taken = clock.stride if ctx.exact else clock.removed
+    corners = bool(align) and less > 1 and (more - 1) % (less - 1) == 0
+    corners = corners and (not up or taken % ((more - 1) // (less - 1)) == 0)  # of 2 to 4 it is 3, by chance
     near = [(more - 1) // (less - 1)] if corners else [round(more / less), -(-more // less)]
     near = [factor for factor in near if factor > 1 and (corners or abs(more - less * factor) < factor)]
     if not near:

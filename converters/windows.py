@@ -181,7 +181,7 @@ def cut(ctx: Context, convert: Convert, x: Value, *args: Any, **kwargs: Any) -> 
 
 @windowed(aten.select.int)
 def select(ctx: Context, convert: Convert, x: Value, dim: int, index: int) -> Value:
-    """One entry of a window: that position of the clip, counted from its end."""
+    """One entry of a window: that position of the clip, counted from its end, or from the first that there is."""
     dim %= len(x.axes)
     if "K" not in x.axes[dim].kinds:
         return convert(ctx, x, dim, index)
@@ -190,7 +190,18 @@ def select(ctx: Context, convert: Convert, x: Value, dim: int, index: int) -> Va
     at = x.axes.kept(dim)
     assert at is not None
     axes = Axes((*x.axes.dims[:dim], *x.axes.dims[dim + 1 :]))
-    return ctx.call(torch.select, (x, at + 1, index % x.shape[dim]), axes, x.clock, x.dtype)
+    if index < 0 or index == x.shape[dim] - 1:
+        return ctx.call(torch.select, (x, at + 1, index % x.shape[dim]), axes, x.clock, x.dtype)
+    known = count(ctx, windows(Axes((x.axes[dim],)))[0])
+    return ctx.call(entry, (x, known, at + 1, index), axes, x.clock, x.dtype)
+
+
+def entry(x: Tensor, count: Tensor, dim: int, index: int) -> Tensor:
+    """Of each row the entry ``index`` places behind the first that is a position."""
+    size = x.shape[dim]
+    at = (index + size - count.long().clamp(min=1)).clamp(max=size - 1)
+    at = at.reshape(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    return x.gather(dim, at).squeeze(dim)
 
 
 @windowed(aten.expand.default, aten.expand_copy.default)

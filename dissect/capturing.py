@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 from dissect.errors import CaptureError
 from dissect.inputs import Inputs
 from dissect.masking import chosen
+from dissect.naming import names, renamed, viewed_once
 from dissect.opaque import standing_aside
 from dissect.quiet import quiet
 from dissect.simplifying import simplified
@@ -116,20 +117,21 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
             program = _export(module, example, True)
     program = _functional(program)
     held = {**program.state_dict, **program.constants}
-    names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    held_as = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    called = names(program.graph)
     graph = fx.Graph()
     root: dict[str, Any] = {}
     env: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in names:
+        if node.op == "placeholder" and node.name in held_as:
             key = f"held_{len(root)}"
-            root[key] = held[names[node.name]].detach()
+            root[key] = held[held_as[node.name]].detach()
             env[node] = graph.get_attr(key)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
             if node.op == "output":
                 env[node].args = (_results(program, env[node].args[0]),)
-            env[node].name = node.name  # a copy is renamed where the name is a builtin's, as `input` is
+            env[node].name = called[node]  # a copy is renamed where the name is a builtin's, as `input` is
     return fx.GraphModule(root, graph)
 
 
@@ -157,6 +159,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             program.graph.erase_node(node)
     chosen(program.graph)
     _laid_out(program.graph)
+    viewed_once(program.graph)
     return program
 
 
@@ -212,7 +215,9 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
     output = next(node for node in program.graph.nodes if node.op == "output")
     output.args = (_results(program, output.args[0]),)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
-    return Captured(program.graph, tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name)
+    return Captured(
+        renamed(program.graph), tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name
+    )
 
 
 _ATEN = torch.ops.aten
@@ -306,6 +311,13 @@ def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> 
         "x".join(map(str, leaf.shape)) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)
     )
     name = "the exported program" if isinstance(model, fx.GraphModule) else type(model).__name__
+    scripted = [path for path, part in model.named_modules() if path and isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        return (
+            f"{name} cannot be captured: its submodule {scripted[0]} is TorchScript, which torch.export does not look into; build "
+            "the network with the module that was scripted, or give the whole network as a file: "
+            "torch.jit.trace(network, clip).save('model.pt')"
+        )
     if "data-dependent" in reason.lower() or "GuardOnDataDependent" in kind or "Could not guard" in reason:
         lines = re.findall(r'File "([^"]+)", line (\d+), in forward', reason)
         where = f" at {Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""

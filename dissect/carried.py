@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.capturing import Captured
-from dissect.carrying import Carrying, End, filled
+from dissect.carrying import Carrying, End, filled, number_in
 from dissect.copies import operands, said
 from dissect.unrolling import frame_in, frame_of, instead, together
 
 __all__ = ["begin", "carried", "carry", "last_frame", "later"]
 
 aten = torch.ops.aten
+FAR = 64.0  # a cache that holds the difference to that loses six bits
 
 
 def carry(inputs: Sequence[Tensor], first: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -51,6 +52,12 @@ def carried(captured: Captured, loop: Carrying) -> Captured:
     return captured
 
 
+def far(node: fx.Node) -> bool:
+    """Whether a constant is no number to start from: a cache, which is zeros at first, would hold what differs from it."""
+    number = number_in(node)
+    return number is not None and not abs(number) < FAR
+
+
 class _Writer:
     """Writes a loop as its parts: what is before the recurrence, its body, and what is after."""
 
@@ -78,6 +85,12 @@ class _Writer:
                 feeding.add(at)
                 queue.extend(reads[at])
         body |= dependent & feeding
+        queue = list(body)
+        while queue:  # what a node of the body reads of the carried values is in it, too
+            for at in reads[queue.pop()]:
+                if at in dependent and at not in body:
+                    body.add(at)
+                    queue.append(at)
         for at, node in enumerate(self.loop.nodes):  # the results of an operator with several stay with it
             if node.target is operator.getitem and body & set(reads[at]):
                 body.add(at)
@@ -231,7 +244,7 @@ class _Writer:
         started = []
         for key, node in self.loop.slots.items():
             like = self.like(key[0])
-            if node is not None and self.moves(node):
+            if node is not None and (self.moves(node) or far(node)):
                 states[key] = self.marked(begin, (first(node), states[key], hand(self.late, "input")), like, graph)
                 node = None
             started.append(filled(self.captured, like, 0.0) if node is None else node)

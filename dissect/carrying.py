@@ -23,7 +23,7 @@ from dissect.copies import Differ, alike, operands, said
 from dissect.first import first_frames
 from dissect.unrolling import SUMS, Frame, ends, frame_in, instead
 
-__all__ = ["FILLED", "Carrying", "End", "Reader", "filled", "recurring"]
+__all__ = ["FILLED", "Carrying", "End", "Reader", "filled", "number_in", "recurring"]
 
 aten = torch.ops.aten
 #: operators that give a tensor of one number, and the number; they read an activation for its size alone
@@ -37,6 +37,7 @@ FILLED = {
     aten.empty_like.default: 0.0,
     aten.new_empty.default: 0.0,
 }
+_FULL = {aten.zeros.default: 0.0, aten.ones.default: 1.0, aten.full.default: None}
 _LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
@@ -154,6 +155,14 @@ def _all_results(captured: Captured) -> None:
                 held[index].meta = {**node.meta, "val": value}
             after.append(held[index])
             after = held[index]
+
+
+def number_in(node: fx.Node) -> float | None:
+    """The number that fills a tensor; None where it is filled by more than one."""
+    if node.target not in FILLED and node.target not in _FULL:
+        return None
+    number = {**FILLED, **_FULL}[node.target]
+    return node.args[-1] if number is None else number  # type: ignore[return-value]
 
 
 def _follows(node: fx.Node, frames: Sequence[fx.Node]) -> bool:

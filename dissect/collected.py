@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from dissect.capturing import Captured
-from dissect.carrying import FILLED, filled
+from dissect.carrying import FILLED, filled, number_in
 from dissect.copies import shape_of
 from dissect.unrolling import value_written
 
@@ -23,7 +23,6 @@ __all__ = ["collected"]
 aten = torch.ops.aten
 _SLICE = aten.slice_scatter.default
 _WRITES = (aten.select_scatter.default, _SLICE)
-_FULL = {aten.zeros.default: 0.0, aten.ones.default: 1.0, aten.full.default: None}
 
 
 def collected(captured: Captured) -> Captured:
@@ -84,7 +83,7 @@ def _read(captured: Captured, node: fx.Node, fixed: set[fx.Node]) -> None:
     if base not in fixed:
         return
     if at not in found:
-        number = _number(base)
+        number = number_in(base)
         if number is None:
             node.args = (base, dim, at)
         else:
@@ -92,14 +91,6 @@ def _read(captured: Captured, node: fx.Node, fixed: set[fx.Node]) -> None:
                 node.replace_all_uses_with(filled(captured, node, number))
     elif shape_of(found[at]) == shape_of(node):
         node.replace_all_uses_with(found[at])
-
-
-def _number(base: fx.Node) -> float | None:
-    """The number that fills a tensor."""
-    if base.target in FILLED or base.target in _FULL:
-        number = {**FILLED, **_FULL}[base.target]
-        return base.args[-1] if number is None else number  # type: ignore[return-value]
-    return None
 
 
 def _written(node: fx.Node, fixed: set[fx.Node]) -> None:

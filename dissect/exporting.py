@@ -152,8 +152,7 @@ def to_model(
                 program, dynamo=True, input_names=names, output_names=outs, optimize=True, verbose=False
             )
     except Exception as error:
-        text = str(error).strip().splitlines()[0][:400] if str(error).strip() else ""
-        raise ExportError(f"the step model does not go to ONNX: {type(error).__name__}: {text}") from error
+        raise ExportError(f"the step model does not go to ONNX: {_reason(error)}") from error
     assert exported is not None
     model = exported.model
     _tidy(model)
@@ -161,6 +160,14 @@ def to_model(
     _name_batch(model)
     model.metadata_props.update(contract.to_metadata())
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom of torch's report, which is pages long, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:400]}"
 
 
 def _tuned(source: Any, frames: list[torch.Tensor], live: bool, blocked: bool) -> Tuned:

@@ -21,19 +21,19 @@ from torch import fx
 from dissect.unwrapping import derived
 from dissect.values import Value
 
-__all__ = ["weighted"]
+__all__ = ["CONVOLUTIONS", "settings_of", "weighted"]
 
 aten = torch.ops.aten
-_CONVOLUTIONS = {
+CONVOLUTIONS = {
     overload for packet in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in (packet.default, packet.padding)
 }
 
 
 def weighted(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     """Say a convolution with a kernel for every row, which a walk has refused, as products; whether it is one."""
-    if node.target not in _CONVOLUTIONS or node.name in trace:
+    if node.target not in CONVOLUTIONS or node.name in trace:
         return False
-    x, weight, bias, stride, padding, dilation, groups = _settings(node)
+    x, weight, bias, stride, padding, dilation, groups = settings_of(node)
     known = trace.get(x.name), trace.get(weight.name)
     if any(value is None for value in known) or known[1].constant:  # type: ignore[union-attr]
         return False
@@ -90,7 +90,7 @@ class _Emitter:
         return derived(self.node, target, args, f"taps_{self.count}")
 
 
-def _settings(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, list[int], Any, list[int], int]:
+def settings_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, list[int], Any, list[int], int]:
     """The operands and settings of a convolution, with a number for each dimension."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)

@@ -254,13 +254,24 @@ def broadcast(ledgers: Sequence[Axes]) -> Axes:
         wide = [axis for axis in present if axis.size > 1 or not axis.plain]
         first = max(wide, key=lambda axis: (axis.size, not axis.plain), default=Axis())
         for other in wide:
-            if other.size > 1 and other.kinds.replace("S", "") != first.kinds.replace("S", ""):
+            if other.size > 1 and _woven(other) != _woven(first):
                 raise LedgerError(
                     f"{_told(other)} meets {_told(first)}, and which entries of the one belong to which of the other is not known",
                     "broadcast positions (expand) where you repeat them, and keep time in a dimension of its own",
                 )
         dims.append(first)
     return Axes(tuple(dims))
+
+
+def _woven(axis: Axis) -> list[tuple[str, int]]:
+    """The factors of an axis with neighbouring ones of space as one: axes that meet entry by entry have the same."""
+    found: list[tuple[str, int]] = []
+    for factor in axis.factors:
+        if factor.kind == "S" and found and found[-1][0] == "S":
+            found[-1] = ("S", found[-1][1] * factor.size)
+        elif factor.kind != "S" or factor.size > 1:
+            found.append((factor.kind, factor.size))
+    return found
 
 
 def aligned_shape(axes: Axes, out: Axes) -> tuple[int, ...]:

@@ -175,7 +175,40 @@ def settle(module: fx.GraphModule) -> None:
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(module.graph.call_module(path, (node.args[0],)))
             module.graph.erase_node(node)
+    compute(module)
     module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def compute(module: fx.GraphModule) -> None:
+    """Put what parameters alone give in the place of what computes it: ONNX may have no form for that (``matrix_exp``).
+
+    What is much larger than those parameters, repeated for instance, is left to the runtime.
+    """
+    sizes: dict[fx.Node, int] = {}  # the numbers that a constant is computed from
+    for node in list(module.graph.nodes):
+        read = node.all_input_nodes
+        if node.op == "get_attr":
+            sizes[node] = _held(module, node).numel()
+        elif node.op == "call_function" and all(at in sizes for at in read) and not _random(node):
+            sizes[node] = sum(sizes[at] for at in read)
+    for node in [node for node in sizes if node.op != "get_attr" and any(user not in sizes for user in node.users)]:
+        value = _value(module, node)
+        if isinstance(value, Tensor) and value.numel() <= max(4 * sizes[node], 1024):
+            path = f"computed_{node.name}"
+            module.register_buffer(path, value, persistent=False)
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(path))
+
+
+def _random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _held(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The parameter or buffer that a node reads."""
+    owner, _, leaf = str(node.target).rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), leaf)
+    return tensor.detach()
 
 
 def _value(module: fx.GraphModule, node: Any) -> Tensor | None:
@@ -195,13 +228,12 @@ def _value(module: fx.GraphModule, node: Any) -> Tensor | None:
             if at not in needed:
                 continue
             if at.op == "get_attr":
-                owner, _, leaf = str(at.target).rpartition(".")
-                needed[at] = getattr(module.get_submodule(owner), leaf).detach()
+                needed[at] = _held(module, at)
             else:
                 args, kwargs = fx.node.map_arg((at.args, at.kwargs), needed.__getitem__)
                 needed[at] = at.target(*args, **kwargs)
-    value: Tensor = needed[node]
-    return value.clone()
+    value: Any = needed[node]
+    return value.clone() if isinstance(value, Tensor) else None
 
 
 def fold(module: fx.GraphModule) -> None:

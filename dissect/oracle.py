@@ -59,6 +59,7 @@ _OVER_TIME = (
 
 _OPEN = 1 << 31  # no clip is as long: an open end is a number far above
 _VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.unflatten)
+_SHARES = (aten.softmax, aten._softmax)
 _PICKS = (aten.unfold, aten.roll, aten.index_select, aten.index)
 
 
@@ -100,6 +101,10 @@ class _Edges(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if packet in _CONV:
             return self.conv(_CONV[packet], value.time, *args, **kwargs)
+        if packet in _SHARES and args[1] % args[0].dim() == value.time:
+            shares = n.target(self.newest(args[0], value), *args[1:], **kwargs)
+            spare = args[0].shape[value.time] - shares.shape[value.time]  # positions that the original has not
+            return F.pad(shares, [*[0, 0] * (shares.dim() - 1 - value.time), spare, 0])
         if packet in _OVER_TIME and self.ends(n, value):
             return n.target(self.newest(args[0], value), *args[1:], **kwargs)
         if packet in _ADAPTIVE and value.time >= len(value.shape) - len(args[1]):
@@ -178,7 +183,7 @@ class _Edges(fx.Interpreter):
             ):
                 axis = value.axes[dim]
                 found += [(axis.size, len(found), part)] if axis.is_time else []
-        if not found and out.shape[dim] != self.frames(out):
+        if not found and (out.shape[dim] != self.frames(out) or out.clock.stride > 1):
             raise Unshiftable("it goes over a part of the clip's frames")
         if not found and len({part.target for part in parts}) > 1:
             raise Unshiftable("it puts single frames together, its edges among them")
@@ -447,11 +452,14 @@ _SIZED = {
 def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> bool:
     """Whether the network is another one for inputs of this shape.
 
-    It has other operators then, or other settings of the same, or a slice that ends beyond what there is.
+    It has other operators then, or other settings of the same, a slice that ends beyond what there is, constants of another
+    size, or an interpolation to a size that is the same while that of the clip is not.
     """
 
+    def calls(graph: fx.Graph) -> list[fx.Node]:
+        return [node for node in graph.nodes if node.op == "call_function"]
+
     def told(graph: fx.Graph) -> list[Any]:
-        calls = [node for node in graph.nodes if node.op == "call_function"]
         return [
             (
                 str(node.target),
@@ -460,10 +468,28 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
                 else _settings(node),
                 _cut_short(node),
             )
-            for node in calls
+            for node in calls(graph)
         ]
 
-    return told(original(model, example).graph) != told(captured.graph)
+    theirs = original(model, example)
+    held = (getattr(theirs, str(node.target)) for node in theirs.graph.nodes if node.op == "get_attr")
+    sizes = sorted(tuple(tensor.shape) for tensor in held)
+    if sizes != sorted(tuple(tensor.shape) for _, tensor in captured.tensors.values()):
+        return True
+    if told(theirs.graph) != told(captured.graph):
+        return True
+    return any(_stretched(one, other) for one, other in zip(calls(theirs.graph), calls(captured.graph), strict=True))
+
+
+def _stretched(one: fx.Node, other: fx.Node) -> bool:
+    """Whether an interpolation of two captures goes from different sizes to the same."""
+    if "upsample" not in str(one.target):
+        return False
+    (start, end), (first, last) = (
+        (node.args[0].meta["val"].shape[2:], node.meta["val"].shape[2:])  # type: ignore[union-attr]
+        for node in (one, other)
+    )
+    return any(a != b and c == d for a, b, c, d in zip(start, first, end, last, strict=True))
 
 
 def _cut_short(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch import fx
 from dissect.capturing import Captured
 from dissect.kernels import weighted
 from dissect.ledger import Axes
+from dissect.seams import unjoined
 from dissect.unrolling import value_written
 from dissect.unwrapping import derived
 from dissect.values import Value
@@ -46,6 +47,8 @@ def reworded(captured: Captured, trace: Mapping[str, Value]) -> bool:
             changed |= _written_in_turn(node, trace)
         elif node.target in _ADAPTIVE:
             changed |= _bins(node, trace)
+        elif node.target is aten.cat.default:
+            changed |= unjoined(node, trace)
         else:
             changed |= weighted(node, trace)
     if changed:

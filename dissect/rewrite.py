@@ -259,12 +259,15 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
             value = outward(ctx, output.value)
             if value.time is not None and value.shape[value.time] > 1:
                 ctx.mixes(value)
+            wait = latest - value.clock.delay
             late = any(
-                clip <= value.clock.last(clip) for clip in range(1, max(ctx.frames, 64)) if value.clock.length(clip) > 0
+                clip <= value.clock.last(clip) + wait
+                for clip in range(1, max(ctx.frames, 64))
+                if value.clock.length(clip) > 0
             )
             if ctx.exact and late and not (ctx.clock and ctx.clock[0].flushes):
                 value = ctx.gate(value)  # no layer asks when the clip ends, but the flush must be told
-            value = ctx.delay(value, latest - value.clock.delay)
+            value = ctx.delay(value, wait)
             apart = ledger.apart(value.axes)
             outputs[index] = Output(replace(value, axes=apart), own=None if apart is value.axes else value.axes)
     ctx.graph.output(tuple(output.value.node for output in outputs if output.value is not None))

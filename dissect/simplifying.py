@@ -16,6 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from dissect.registry import find
@@ -63,9 +64,20 @@ def _definition(target: Any) -> Callable[..., Any] | None:
     """torch's own definition of an operator by others; None where it has none, as a size has (of what a mask picks)."""
     if target.namespace != "aten" or not any("Tensor" in str(out.type) for out in target._schema.returns):
         return None
+    if target in _OWN:
+        return _OWN[target]
     if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE.name):
         return partial(target._op_dk, _COMPOSITE)
     return _core().get(target)
+
+
+def _distances(x: Tensor, y: Tensor, p: float, mode: int | None = None) -> Tensor:
+    """``torch.cdist`` of few rows, for which torch has a kernel of its own."""
+    each: Tensor = torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
+    return each
+
+
+_OWN: dict[Any, Callable[..., Any]] = {torch.ops.aten._cdist_forward.default: _distances}
 
 
 @cache

@@ -188,9 +188,20 @@ class Broken(nn.Module):
         return x.reshape(7, -1)
 
 
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.jit.script(nn.Conv3d(3, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (Scripted(), ["submodule inner is TorchScript", "torch.jit.trace"]),
         (Branching(), ["Branching", "branches on the values", "shapes or options"]),
         (Counting(), ["seen", "no hidden state"]),
         (Broken(), ["Broken", "shape", "torch.export.export"]),

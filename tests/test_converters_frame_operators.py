@@ -138,6 +138,12 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 INSIDE: dict[str, Function] = {
+    "the upper half of a matrix": lambda y, x: ((z := y.transpose(1, 2).flatten(3)) @ z.transpose(2, 3))[
+        :, :, torch.triu_indices(4, 4)[0], torch.triu_indices(4, 4)[1]
+    ],
+    "entries by a mask of the network's own": lambda y, x: y[..., torch.eye(6, 8, dtype=torch.bool)],
+    "entries in a shape of their own": lambda y, x: y[..., torch.tensor([[0, 3], [5, 1]])],
+    "distances": lambda y, x: torch.cdist(y.permute(0, 2, 3, 4, 1).flatten(2, 3), torch.ones(3, 4).to(y)),
     "prod kept": lambda y, x: y.prod(1, keepdim=True),
     "any": lambda y, x: (y > 1).any(1),
     "any of several": lambda y, x: torch.any(y > 2, dim=(3, 4)),
@@ -214,7 +220,7 @@ OVER_TIME: dict[str, tuple[str, Function]] = {
     "gather for one frame": ("aten.gather", lambda y, x: y.gather(1, x[:, :, :1].argmax(1, keepdim=True))),
     "scatter": ("aten.scatter", lambda y, x: y.scatter(2, x.argmax(1, keepdim=True), 1.0)),
     "diagonal": ("aten.diagonal", lambda y, x: torch.diagonal(y, 0, 2, 3)),
-    "median": ("aten.median", lambda y, x: y.median(2)[0]),
+    "median": ("aten.median", lambda y, x: y.median(2)[1]),
     "mode": ("aten.mode", lambda y, x: y.mode(2)[0]),
     "bilinear": ("aten.bilinear", lambda y, x: F.bilinear(y.flatten(2), x.flatten(2), torch.ones(2, y[0, 0].numel(), y[0, 0].numel()))),
     "unfold of a clip as a picture": ("aten.im2col", lambda y, x: F.unfold(y.flatten(3), 3)),

@@ -40,8 +40,8 @@ INSIDE: dict[str, Callable[[Tensor], Any]] = {
 OVER_TIME: dict[str, Callable[[Tensor], Any]] = {
     "aten.argmax": lambda x: x.argmax(2),
     "aten.topk": lambda x: x.topk(2, 2)[1],
-    "aten.sort": lambda x: x.sort(2)[0],
-    "aten.median": lambda x: x.median(2)[0],
+    "aten.sort": lambda x: x.sort(2)[1],
+    "aten.median": lambda x: x.median(2)[1],
     "aten.max": lambda x: x.max(2)[1],
     "aten.argmin": lambda x: x.argmin(),
 }

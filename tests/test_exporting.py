@@ -332,3 +332,22 @@ def test_outputs_may_have_the_names_of_operators_and_inputs(tmp_path: Path) -> N
     assert list(got) == list(wanted)
     for key, value in got.items():
         np.testing.assert_allclose(value, wanted[key][:, :, 0], rtol=1e-5)
+
+
+def test_what_parameters_alone_give_is_computed_once(tmp_path: Path) -> None:
+    """ONNX has no form for the exponential of a matrix, which makes an orthogonal weight."""
+
+    class Orthogonal(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = torch.nn.Conv3d(3, 4, 3, padding=1)
+            self.score = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.score(self.stem(x).mean((2, 3, 4)))
+            return scores
+
+    torch.manual_seed(0)
+    network = Orthogonal().eval()
+    stream = dissect.convert(network, torch.randn(1, 3, 4, 6, 6), preset="exact")
+    dissect.verify(stream, network, onnx=stream.export(tmp_path / "step.onnx")).check()

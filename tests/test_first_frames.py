@@ -205,6 +205,39 @@ def added_into_zeros(net: Net, x: Tensor) -> Tensor:
     return out.movedim(0, 2)
 
 
+def behind_a_layer_in_place(net: Net, x: Tensor) -> Tensor:
+    """RVM's decoder: every view of what was written in place is captured anew for each that reads it."""
+    both = net.pair(torch.cat([x, x], 1).transpose(1, 2).flatten(0, 1)).relu_().unflatten(0, (x.shape[0], -1))
+    still, moving = both.split([1, 2], dim=2)
+    h, out = torch.zeros_like(moving[:, 0]), []
+    for frame in moving.unbind(1):
+        h = torch.tanh(frame + 0.5 * h)
+        out.append(h)
+    return torch.cat([still, torch.stack(out, 1)], 2).transpose(1, 2)
+
+
+def largest_so_far(net: Net, x: Tensor) -> Tensor:
+    """From minus infinity, to which no cache could hold the difference."""
+    most, least, out = torch.full_like(x[:, :, 0], -torch.inf), torch.full_like(x[:, :, 0], 1e9), []
+    for frame in frames(x):
+        most, least = torch.maximum(most, net.each(frame)), torch.minimum(least, frame)
+        out.append(most - least)
+    return torch.stack(out, 2)
+
+
+def used_before_it_is_updated(net: Net, x: Tensor) -> Tensor:
+    """RWKV's: the result is made of both carried values, and then they are updated."""
+    total = most = torch.zeros_like(x[:, :, 0])
+    out = []
+    for frame in frames(x):
+        now = torch.maximum(most, frame + 1)
+        out.append(torch.exp(most - now) * total + torch.exp(frame + 1 - now) * net.each(frame))
+        now = torch.maximum(most, frame)
+        total = torch.exp(most - now) * total + torch.exp(frame - now) * frame
+        most = now
+    return torch.stack(out, 2)
+
+
 def read_back(net: Net, x: Tensor) -> Tensor:
     """The state before is read from where it was written."""
     out = torch.zeros_like(x)
@@ -291,6 +324,9 @@ LOOPS = [
     written,
     written_as_slices,
     added_into_zeros,
+    behind_a_layer_in_place,
+    largest_so_far,
+    used_before_it_is_updated,
     read_back,
     grown,
     running_sum,

@@ -302,3 +302,25 @@ def test_a_shift_of_the_class_token() -> None:
 
     layers = {"a": nn.Conv3d(3, 6, (1, 2, 2), (1, 2, 2)), "b": nn.Linear(6, 6)}
     kept(made(run, **layers), random(1, 3, 6, 4, 4))
+
+
+# Axes joined, treated alike, and split where they were joined.
+
+
+def joined(net: Layers, x: Tensor) -> Tensor:
+    rows = x.mean((2, 4), keepdim=True).transpose(2, 3)
+    time, rows = net.a(torch.cat([x.mean((3, 4), keepdim=True), rows], 2)).relu().split([6, 4], 2)
+    return x * net.b(time).sigmoid() + net.b(rows.transpose(2, 3)).mean((2, 3, 4), keepdim=True)
+
+
+def test_what_is_joined_and_split_is_done_part_by_part() -> None:
+    network = made(joined, a=nn.Conv3d(3, 2, 1), b=nn.Conv3d(2, 3, 1))
+    for preset in PRESETS:
+        stream = dissect.convert(network, random(1, 3, 6, 4, 4), preset=preset)
+        dissect.verify(stream, network, runtime=False).check()
+
+
+def test_what_looks_across_the_seam_is_what_it_was() -> None:
+    network = made(joined, a=nn.Conv3d(3, 2, (3, 1, 1), padding=(1, 0, 0)), b=nn.Conv3d(2, 3, 1))
+    stream = dissect.convert(network, random(1, 3, 6, 4, 4), preset="exact")
+    dissect.verify(stream, network, runtime=False).check()

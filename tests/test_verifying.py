@@ -63,6 +63,20 @@ def test_a_sound_stream_passes(preset: str) -> None:
     assert "FAIL" not in str(report)
 
 
+def test_a_network_may_return_none_and_constants_beside_its_scores() -> None:
+    class Discriminator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main = nn.Conv3d(3, 2, 3, padding=1)
+            self.register_buffer("priors", torch.arange(6.0))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, None]:
+            return self.main(x).mean((2, 3, 4)), self.priors, None
+
+    network = Discriminator().eval()
+    dissect.verify(dissect.convert(network, torch.randn(1, 3, 4, 6, 6), preset="exact"), network).check()
+
+
 def test_without_the_original_only_the_law_is_checked() -> None:
     _, stream = made("exact")
     report = dissect.verify(stream, runtime=False).check()

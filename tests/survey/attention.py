@@ -457,3 +457,29 @@ class AxialAttention(nn.Module):
         for dim, attn in zip((2, 3, 4), self.attns, strict=True):
             x = x + self.along(x, dim, attn)
         return self.fc(x.mean((2, 3, 4)))
+
+
+@network((1, 3, 6, 10, 8))
+class CoordinateAttention(nn.Module):
+    """Coordinate attention in 3D: pools along each axis, joined, through one layer, split at the seams, three gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv3d(8, 4, 1)
+        self.bn1 = nn.BatchNorm3d(4)
+        self.gates = nn.ModuleList([nn.Conv3d(4, 8, 1) for _ in range(3)])
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x = F.relu(self.stem(x))
+        _, _, t, h, w = x.size()
+        x_t = F.adaptive_avg_pool3d(x, (None, 1, 1))
+        x_h = F.adaptive_avg_pool3d(x, (1, None, 1)).permute(0, 1, 3, 2, 4)
+        x_w = F.adaptive_avg_pool3d(x, (1, 1, None)).permute(0, 1, 4, 2, 3)
+        y = self.bn1(self.conv1(torch.cat([x_t, x_h, x_w], dim=2)))
+        y = y * F.relu6(y + 3, inplace=True) / 6
+        x_t, x_h, x_w = torch.split(y, [t, h, w], dim=2)
+        x_h, x_w = x_h.permute(0, 1, 3, 2, 4), x_w.permute(0, 1, 3, 4, 2)
+        gates = [gate(part).sigmoid() for gate, part in zip(self.gates, (x_t, x_h, x_w), strict=True)]
+        return self.fc((identity * gates[0] * gates[1] * gates[2]).mean((2, 3, 4)))
