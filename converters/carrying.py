@@ -21,6 +21,10 @@ from dissect.registry import converter
 from dissect.rewrite import converted
 
 aten = torch.ops.aten
+FROM_THE_CLIP = (
+    "a Python loop over time whose first carried value is computed from the clip",
+    "start it from zeros or from a parameter: a stream begins before anything is computed",
+)
 
 
 @converter(carry)
@@ -29,10 +33,7 @@ def loop(ctx: Context, inputs: Sequence[Value], first: Sequence[Value], shared: 
     body, given = ctx.node.meta["body"], ctx.node.meta["given"]
     moving = [value for value in (*inputs, *shared) if not value.constant]
     if any(not value.constant for value in first):
-        raise Refused(
-            "a Python loop over time whose first carried value is computed from the clip",
-            "start it from zeros or from a parameter: a stream begins before anything is computed",
-        )
+        raise Refused(*FROM_THE_CLIP)
     aligned, clock = ctx.align(moving)
     for value in aligned:
         ctx.mixes(value)
@@ -167,7 +168,9 @@ def after_the_first(ctx: Context, x: Value) -> Value:
 
 @converter(begin)
 def begun(ctx: Context, first: Value, x: Value, late: Value) -> Value:
-    """The first frame's own value, then that of all others."""
+    """The first frame's own value, or an input without time, then that of all others."""
+    if not first.constant and (first.clock.pooled or first.clock.newest):
+        raise Refused(*FROM_THE_CLIP)
     (first, x, late), timing = ctx.align([first, x, late])
     first = ctx.conform(first, x.axes) if first.constant else fitted(ctx, first, x.axes)
     ctx.row("the first frame has a value of its own, by the clock", exact=True)

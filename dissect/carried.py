@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.capturing import Captured
-from dissect.carrying import Carrying, End, filled, number_in
+from dissect.carrying import FILLED, Carrying, End, filled, number_in
 from dissect.copies import operands, said
 from dissect.unrolling import frame_in, frame_of, instead, together
 
@@ -68,6 +68,12 @@ class _Writer:
         self.clones: dict[Any, fx.Node] = {}
         self.opening: dict[fx.Node, fx.Node] = {}
         self.made: dict[Any, fx.Node] = {}
+        self.given: set[fx.Node] = set()  # what depends on an input
+        for node in self.graph.nodes:
+            if (node.op == "placeholder" and node.name in captured.inputs) or (
+                node.target not in FILLED and not self.given.isdisjoint(node.all_input_nodes)
+            ):
+                self.given.add(node)
 
     def regions(self) -> tuple[set[int], set[int]]:
         """The places of the body, and of all that depends on carried values."""
@@ -244,7 +250,7 @@ class _Writer:
         started = []
         for key, node in self.loop.slots.items():
             like = self.like(key[0])
-            if node is not None and (self.moves(node) or far(node)):
+            if node is not None and (self.moves(node) or far(node) or node in self.given):
                 states[key] = self.marked(begin, (first(node), states[key], hand(self.late, "input")), like, graph)
                 node = None
             started.append(filled(self.captured, like, 0.0) if node is None else node)

@@ -133,6 +133,8 @@ class _Edges(fx.Interpreter):
             and packet is aten.slice
             and (args[1] if len(args) > 1 else 0) % args[0].dim() == value.time
         ):
+            if not self.trace[n.name].axes[value.time].is_time:  # the last few frames
+                return super().run_node(n)
             step = args[4] if len(args) > 4 else 1
             return aten.slice(self.cut(args[0], value, self.trace.get(n.name)), value.time, None, None, step)
         return self.as_it_is(n)

@@ -33,6 +33,7 @@ from dissect.primitives import Clock, Primitive
 from dissect.registry import find, is_patient
 from dissect.rewording import reworded
 from dissect.timing import Timing
+from dissect.trailing import trailing
 from dissect.unrolling import Loop, duplicate, loops, rolled, unlisted
 from dissect.unwrapping import unwrapped
 from dissect.values import POISON, Dissected, Output, Refused, Value
@@ -78,6 +79,11 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     while done.refusals and reworded(work, done.trace):
         work = _unrolled(work, options, inputs)
         done = _walk(work, options, inputs)
+    spare = duplicate(work)
+    if trailing(spare, done.trace):
+        counted = _walk(spare, options, inputs)
+        if len(counted.refusals) <= len(done.refusals):
+            work, done = spare, counted
     if done.refusals:  # a cut that was reworded brings a stride: what is refused now may follow from it
         return replace(done, captured=captured, refusals=tuple(dict.fromkeys([*cuts, *done.refusals])))
     whole: frozenset[str] = frozenset()

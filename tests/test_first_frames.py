@@ -423,3 +423,37 @@ def test_what_a_recurrence_would_refuse_stays_written_out(monkeypatch: pytest.Mo
     stream = dissect.convert(network, clip[:, :, :FRAMES], preset="exact")
     assert not any("loop over time" in row.decision for row in stream.plan)
     assert offline(stream, network, clip, (FRAMES,)) == 1
+
+
+class Masked(nn.Module):
+    """The state begins as what a layer makes of an input without time: the first frame's mask."""
+
+    def __init__(self, pooled: bool = False) -> None:
+        super().__init__()
+        self.each, self.begin = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(1, 3, 1)
+        self.pair = nn.Conv2d(6, 3, 1)
+        self.pooled = pooled
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.begin(mask) + (x.mean((1, 2), keepdim=False).unsqueeze(1) if self.pooled else 0)
+        out = []
+        for frame in frames(x):
+            h = torch.tanh(self.pair(torch.cat([self.each(frame), h], 1)))
+            out.append(h)
+        return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+def test_a_state_may_begin_with_an_input_without_time(preset: str) -> None:
+    torch.manual_seed(0)
+    network = Masked().double().eval()
+    clip = torch.randn(1, 2, FRAMES, 3, 2, dtype=torch.float64), torch.randn(1, 1, 3, 2, dtype=torch.float64)
+    stream = dissect.convert(network, clip, preset=preset, time_dim=(2, None))
+    assert rolled(stream), str(stream.plan)
+    dissect.verify(stream, network, runtime=preset == "exact").check()
+
+
+def test_a_state_that_begins_with_the_whole_clip_is_refused() -> None:
+    clip = torch.randn(1, 2, FRAMES, 3, 2), torch.randn(1, 1, 3, 2)
+    with pytest.raises(dissect.NotStreamable, match="computed from the clip"):
+        dissect.convert(Masked(pooled=True).eval(), clip, preset="exact", time_dim=(2, None))

@@ -77,6 +77,27 @@ def test_a_network_may_return_none_and_constants_beside_its_scores() -> None:
     dissect.verify(dissect.convert(network, torch.randn(1, 3, 4, 6, 6), preset="exact"), network).check()
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_captures_of_two_batches_call_their_nodes_alike(preset: str) -> None:
+    """Behind a layer in place a capture makes its views anew, and with a batch of one more of them."""
+
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = (nn.Conv3d(c, 4, (3, 1, 1), padding=(1, 0, 0)) for c in (2, 4))
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.early(x))
+            b, c, t, h, w = x.shape
+            flat = x.transpose(1, 2).reshape(b * t, c, h, w)
+            return self.late(flat.view(b, t, c, h, w).transpose(1, 2)).mean((2, 3, 4))
+
+    network = scrambled(Trunk(), 0)
+    report = dissect.verify(dissect.convert(network, CLIP, preset=preset), network, runtime=False).check()
+    assert any("original" in row.pair and row.error is not None for row in report.rows)
+
+
 def test_without_the_original_only_the_law_is_checked() -> None:
     _, stream = made("exact")
     report = dissect.verify(stream, runtime=False).check()

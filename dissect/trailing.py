@@ -1,0 +1,68 @@
+"""``x[:, -3:]``, the last three frames: three values of the clip's end, and no stream that begins late.
+
+At the end of a clip both are the same numbers. A clip of another length ends with three frames, too, while a stream whose
+first frames are cropped has as many as the clip has more. Only a few are taken for the end: what a network cuts off
+by the length of another tensor (``skip[:, :, -out.size(2):]``) is most of the clip, and goes on with the stream. So does
+what a convolution or a pool takes: it would be a volume at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from dissect.capturing import Captured
+from dissect.unwrapping import derived
+from dissect.values import Value
+
+__all__ = ["trailing"]
+
+aten = torch.ops.aten
+_JOINS = (aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default)
+
+
+def trailing(captured: Captured, trace: Mapping[str, Value]) -> bool:
+    """Say the last few frames one by one, in place; whether there were any. ``trace``: a walk's values."""
+    found = [node for node in captured.graph.nodes if _few(node, trace)]
+    for node in found:
+        args: Any = node.args
+        source, dim, start = args[:3]
+        with captured.graph.inserting_before(node):
+            frames = [
+                derived(node, aten.select.int, (source, dim, at), f"frame_{at - start}") for at in range(start, 0)
+            ]
+        node.target, node.args, node.kwargs = aten.stack.default, (frames, dim), {}
+    return bool(found)
+
+
+def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:
+    """Whether a node is the last few frames, more than one and at most half of the clip's."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    source, dim, start, stop, step = given
+    value: Any = trace.get(source.name) if isinstance(source, fx.Node) else None
+    if value is None or value.constant or not isinstance(start, int) or step != 1:
+        return False
+    dim %= len(value.axes)
+    size = value.shape[dim]
+    whole = stop is None or (isinstance(stop, int) and stop >= size)
+    if not (value.axes[dim].is_time and whole and -size <= 2 * start < -2):
+        return False
+    return not any(user.target in _JOINS for user in node.users) and not _convolved(node)
+
+
+def _convolved(node: fx.Node) -> bool:
+    """Whether a convolution or a pool stands anywhere behind a node."""
+    queue, seen = [node], {node}
+    while queue:
+        for user in queue.pop().users:
+            if any(name in str(user.target) for name in ("conv", "_pool")):
+                return True
+            if user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return False
