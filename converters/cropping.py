@@ -9,18 +9,23 @@ from dissect.context import Context, Value
 from dissect.converters.convolution import strided
 
 
-def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: int) -> Value:
-    """``x[first:stop:step]`` along time; ``stop`` counts from the end of the clip."""
+def slice_time(ctx: Context, x: Value, dim: int, first: int, stop: int, step: int, *, left_over: bool = False) -> Value:
+    """``x[first:stop:step]`` along time; ``stop`` counts from the end of the clip.
+
+    ``left_over``: what lies behind the last position is no crop where the step alone leaves it out.
+    """
     if x.clock.still:
         x = ctx.sure(x)
     size = x.shape[dim]
     clock = x.clock
     count = len(range(first, stop, step))
-    cropped = size - stop if first + count * step < size else 0  # what a stride leaves over is no crop
+    cropped = 0 if left_over and first + count * step >= size else size - stop
     length = clock.length.then(-first - cropped - 1, step)
     out = x.axes.sized((*x.shape[:dim], count, *x.shape[dim + 1 :]))
     facts: dict[str, Any] = {"kernel": 1, "stride": step, "padding": (-first, -cropped)}
     if ctx.exact:
+        if clock.newest and (step > 1 or stop < size):
+            ctx.mixes(x)  # the last position that is taken need not be the newest
         timing = strided(ctx, clock, step).but(delay=clock.delay + clock.stride * first, length=length)
         if first or cropped:
             timing = timing.plain().but(first=clock.first.cut(timing.delay) if clock.first else None)

@@ -68,11 +68,11 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
     size = x.shape[dim]
     start, stop = longest_run(chosen)
     if stop - start == 1 and len(chosen) == 1:
-        return slice_time(ctx, x, dim, chosen[0], chosen[0] + 1, 1)
+        return slice_time(ctx, x, dim, chosen[0], chosen[0] + 1, 1, left_over=True)
     step = chosen[start + 1] - chosen[start] if stop - start > 1 else 0
     before, behind = chosen[:start], chosen[stop:]
     if step > 0 and len(before) + len(behind) < (stop - start if step == 1 else 1):
-        main = slice_time(ctx, x, dim, chosen[start], chosen[stop - 1] + 1, step)
+        main = slice_time(ctx, x, dim, chosen[start], chosen[stop - 1] + 1, step, left_over=True)
         if not before and not behind:
             return main
         return assembled(ctx, main, [Part(x, at) for at in before], [Part(x, size - at, True) for at in behind], dim)
@@ -88,7 +88,7 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
     )
     if first < 0:
         raise Refused("unevenly spaced frames", "choose them evenly spaced: torch.arange(0, T, step)")
-    main = slice_time(ctx, x, dim, first, first + step * len(gaps) + 1, step)
+    main = slice_time(ctx, x, dim, first, first + step * len(gaps) + 1, step, left_over=True)
     ctx.row(
         f"every {step} frames",
         exact=False,

@@ -403,7 +403,9 @@ class Shifted(_Edges):
 
     def cut(self, x: Tensor, value: Value, out: Value | None) -> Tensor:
         """A crop of the clip's end shows what was there before."""
-        late = 0 if out is None or out.constant else (out.clock.wait - value.clock.wait) // value.clock.stride
+        late = 0
+        if out is not None and not out.constant:  # what it must wait for still, or has waited for
+            late = (out.clock.wait + out.clock.new - value.clock.wait - value.clock.new) // value.clock.stride
         if late <= 0 or value.time is None:
             return x
         count = x.shape[value.time]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dissect.converters import pointwise
 from dissect.converters.adaptive import adaptive_space
 from dissect.converters.pooling import spaced
 from dissect.lowering import Affine, LoweredConv
@@ -26,7 +27,7 @@ from dissect.windows import filled, share
 __all__ = ["Drop", "Squeeze", "shapes_of", "squeeze"]
 
 RANK = 4
-_ELEMENTWISE = {torch.mul, torch.div, torch.add, torch.sub}
+_ELEMENTWISE = {torch.mul, torch.div, torch.add, torch.sub, *pointwise.KEEPS_ZERO, *pointwise.OTHER}
 _PARTS = {torch.ops.aten.slice.Tensor, torch.narrow}
 _NORMALISED = {torch.softmax, torch.log_softmax}
 MERGED = -1  # in a Drop: the last two dimensions are one
