@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ from dissect.context import Context, Refused, Value
 from dissect.converters.indexing import select, slice_
 from dissect.converters.time_axis import cat_time
 from dissect.ledger import Axis
+from dissect.meeting import side_by_side
 from dissect.registry import converter, patient
-from dissect.windows import window
 
 aten = torch.ops.aten
 
@@ -74,15 +72,6 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     nonneg = all(value.clock.nonneg for value in whole) and len(whole) == len(values)
     fill = 0.0 if len(whole) == len(values) and all(value.clock.fill == 0.0 for value in whole) else None
     return ctx.call(torch.cat, (parts, at + 1), axes, timing.but(nonneg=nonneg, fill=fill), ctx.node.meta["val"].dtype)
-
-
-def side_by_side(ctx: Context, value: Value, dim: int) -> Value:
-    """A tensor whose positions stand beside one another among its features, as a window of them."""
-    if value.constant or "T" not in value.axes[dim].kinds:
-        return value
-    ctx.grain = lcm(ctx.grain, ctx.frames)  # of a shorter clip there are fewer
-    held = window(ctx, value, "positions side by side")
-    return replace(held, axes=held.axes.replace(dim, ledger.plain_axis(held.axes[dim].size)))
 
 
 @converter(aten.stack.default)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dissect.context import Context, Refused, Value
 from dissect.converters.crowded import crowded, grouped, rowwise
 from dissect.converters.statistics import moments
-from dissect.meeting import positions
+from dissect.meeting import positions, side_by_side
 from dissect.registry import converter
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ def batch_norm_running(
     momentum: float,
     eps: float,
 ) -> tuple[Value, None, None]:
+    x = on_channels(ctx, x)
     if not x.axes[1].plain:
         raise Refused("a batch norm over an axis that merges time with channels")
     if crowded(x):
@@ -133,6 +134,7 @@ def group_norm(
     eps: float = 1e-5,
     cudnn: bool = True,
 ) -> Value:
+    x = on_channels(ctx, x)
     own_channels(x, "group")
     if crowded(x):
         more = groups * x.axes[0].space
@@ -208,6 +210,11 @@ def rms_norm(
         raise Refused("an RMS norm over time", "normalise over channels or space only")
     x = ctx.settled(x)
     return ctx.call(F.rms_norm, (x, list(shape), weight, eps), x.axes, x.clock.plain(), x.dtype)
+
+
+def on_channels(ctx: Context, x: Value) -> Value:
+    """Frames stacked on channels as a window of them: a channel is a feature of one frame."""
+    return side_by_side(ctx, ctx.sure(x), 1) if x.axes[1].kinds in ("TS", "ST") else x
 
 
 def own_channels(x: Value, name: str, crowd: bool = True) -> None:

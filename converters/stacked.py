@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from dissect.context import Context, Refused, Value
-from dissect.convolution import TemporalConv
+from dissect.convolution import FrameConv, TemporalConv
 from dissect.ledger import Axis, Factor, plain_axis
+from dissect.meeting import side_by_side
 
 
 class StackedConv(TemporalConv):
@@ -30,15 +31,15 @@ def stacked_conv(ctx: Context, x: Value, weight: Value, bias: Value | None, sett
 
     factors = x.axes[1].factors
     at = next(index for index, factor in enumerate(factors) if factor.kind == "T")
-    if (
-        settings["groups"] != 1
-        or any("T" in axis.kinds for axis in x.axes.dims[2:])
-        or any(factor.kind not in "TS" for factor in factors)
-    ):
+    if any("T" in axis.kinds for axis in x.axes.dims[2:]) or any(factor.kind not in "TS" for factor in factors):
         raise Refused(
-            "a grouped convolution of frames that are stacked on channels",
+            "a convolution of frames that are stacked on channels with others",
             "convolve every frame by itself, or all together",
         )
+    if settings["groups"] != 1:  # each group sees some of the frames: all of them are features of the newest
+        x = side_by_side(ctx, ctx.sure(x), 1)
+        axes = x.axes.replace(1, plain_axis(1)).sized((x.shape[0], *ctx.out_shape[1:]))
+        return build(ctx, FrameConv, x, x, weight, bias, axes, x.clock.plain(), settings)
     before = after = 1
     for index, factor in enumerate(factors):
         before *= factor.size if index < at else 1

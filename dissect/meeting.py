@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from dissect.holding import Hold, counted
-from dissect.ledger import Axes, Axis, Factor, bare
+from dissect.ledger import Axes, Axis, Factor, bare, plain_axis
 from dissect.primitives import Query
 from dissect.timing import Length, Timing
 
 if TYPE_CHECKING:
     from dissect.context import Context, Value
 
-__all__ = ["by_position", "ended", "ends_met", "spread", "until"]
+__all__ = ["by_position", "ended", "ends_met", "side_by_side", "spread", "until"]
 
 
 def ends_met(ctx: Context, values: Sequence[Value]) -> list[Value]:
@@ -89,7 +89,7 @@ def by_position(ctx: Context, values: Sequence[Value]) -> list[Value]:
     The law: at the last position of a clip as long as the example, what meets is what met.
     """
     rank = max(len(value.shape) for value in values)
-    done = list(values)
+    done = on_features(ctx, values)
     for dim in range(-rank, 0):
         timed = {
             value.axes[dim].size
@@ -100,6 +100,30 @@ def by_position(ctx: Context, values: Sequence[Value]) -> list[Value]:
             ended = not value.constant and value.time is None and not value.clock.running and len(value.axes) >= -dim
             if timed != {1} and ended and value.axes[dim].plain and {value.axes[dim].size} == timed:
                 done[index] = entry(ctx, value, dim)
+    return done
+
+
+def side_by_side(ctx: Context, value: Value, dim: int) -> Value:
+    """A tensor whose positions stand beside one another among its features, as a window of them."""
+    from dissect.windows import window
+
+    if value.constant or "T" not in value.axes[dim].kinds:
+        return value
+    ctx.grain = lcm(ctx.grain, ctx.frames)  # of a shorter clip there are fewer
+    held = window(ctx, value, "positions side by side")
+    return replace(held, axes=held.axes.replace(dim, plain_axis(held.axes[dim].size)))
+
+
+def on_features(ctx: Context, values: Sequence[Value]) -> list[Value]:
+    """The operands; frames stacked on features that meet as many features of the whole clip are a window of them."""
+    done = list(values)
+    ended = [value for value in values if not value.constant and value.time is None and not value.clock.running]
+    for index, value in enumerate(done):
+        if value.constant or value.time is None or value.axes[value.time].kinds not in ("TS", "ST"):
+            continue
+        dim = value.time - len(value.axes)
+        if any(len(other.axes) >= -dim and other.axes[dim] == plain_axis(value.shape[dim]) for other in ended):
+            done[index] = side_by_side(ctx, value, value.time)
     return done
 
 

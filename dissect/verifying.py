@@ -312,22 +312,15 @@ class _Verifier:
 
     def resized(self, got: Any, wanted: Any) -> bool:
         """Whether outputs differ in size in a dimension that is neither the batch nor time."""
-        moving = [output.value.axes for output in self.stream.dissected.outputs if output.value and output.moves]
-        pairs = [
-            (left, right)
-            for left, right, output in zip(
-                pytree.tree_leaves(got),
-                pytree.tree_leaves(wanted),
-                self.stream.dissected.outputs,
-                strict=True,
-            )
-            if output.moves
-        ]
-        return any(
-            left.dim() == right.dim() == len(axes) and axis.plain and left.shape[dim] != right.shape[dim]
-            for (left, right), axes in zip(pairs, moving, strict=True)
-            for dim, axis in enumerate(axes.dims)
-        )
+        for output, left, right in zip(
+            self.stream.dissected.outputs, pytree.tree_leaves(got), pytree.tree_leaves(wanted), strict=True
+        ):
+            dims = output.value.axes.dims if output.value is not None and output.moves else ()
+            if dims and len(dims) == left.dim() == right.dim():
+                sizes = zip(dims, left.shape, right.shape, strict=True)
+                if any(axis.plain and one != other for axis, one, other in sizes):
+                    return True
+        return False
 
     def theirs(self, out: Any, frames: int) -> Any:
         """A result of the original for one row as the chunk form gives it; some networks squeeze a batch of one away."""

@@ -54,6 +54,27 @@ def kept(network: nn.Module, *clip: Tensor, layout: str | Sequence[str | None] |
 
 # Frames on channels.
 
+TRANSLATORS: dict[str, Callable[[], nn.Module]] = {
+    "dense": lambda: nn.Conv2d(12, 12, 3, padding=1),
+    "depthwise": lambda: nn.Conv2d(12, 12, 3, padding=1, groups=12),
+    "grouped": lambda: nn.Conv2d(12, 12, 1, groups=4),
+    "norm first": lambda: nn.Sequential(nn.BatchNorm2d(12), nn.Conv2d(12, 12, 1)),
+    "group norm first": lambda: nn.Sequential(nn.GroupNorm(2, 12), nn.Conv2d(12, 12, 1)),
+}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_a_translator_of_frames_stacked_on_channels(name: str, skip: bool) -> None:
+    """SimVP's: 2D layers on all frames at once, in the middle of a network, and a skip connection around them."""
+
+    def run(net: Layers, x: Tensor) -> Tensor:
+        z = net.a(x).transpose(1, 2).flatten(1, 2)
+        h = net.b(z) + z if skip else net.b(z)
+        return net.c(h.unflatten(1, (4, 3)).flatten(0, 1)).unflatten(0, (-1, 4))
+
+    kept(made(run, a=nn.Conv3d(3, 3, 3, padding=1), b=TRANSLATORS[name](), c=flat(3)), random(1, 3, 4, 4, 4))
+
 
 def slices(x: Tensor) -> list[Tensor]:
     return [x[:, 3 * m : 3 * m + 3] for m in range(x.shape[1] // 3)]
