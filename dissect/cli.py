@@ -120,7 +120,7 @@ def convert(model: str | None, output: Path | None, as_json: bool, **rest: Any) 
             stage("measuring")
             runner = Runner(path, batch=stream.dissected.inputs.batch, threads=rest["threads"])
             comparison, remark = workbench.race(
-                benchmarking.step_of(runner), work, rest["threads"], stream=stream, frames=runner.period
+                benchmarking.step_of(runner), work, rest["threads"], stream=stream, frames=runner.period, seconds=6
             )
             found["speed"] = {**comparison.to_dict(), "remark": remark}
     if rest["measured"]:

@@ -289,8 +289,11 @@ def race(
     turns: int = 20,
     stream: Stream | None = None,
     frames: int = 1,
+    seconds: float = 30.0,
 ) -> tuple[benchmarking.Comparison, str]:
     """A step against the sliding window, both in ONNX Runtime; and a remark where that could not be.
+
+    It takes ``seconds`` at most, but for three turns.
 
     Where torch cannot export the clip network, its window runs in PyTorch, and so does the step if ``stream`` has one.
     ``frames``: the step's time is the mean over so many, a period of its cadence.
@@ -310,7 +313,7 @@ def race(
             step = benchmarking.eager_step(stream, work.example)
             runtime, remark = "PyTorch", f"{error} So both run in PyTorch."
     remark = f"{remark} A step's time is the mean over {frames} frames.".strip() if frames > 1 else remark
-    return benchmarking.compare(step, window, runtime, turns, batch=batch, frames=frames), remark
+    return benchmarking.compare(step, window, runtime, turns, seconds=seconds, batch=batch, frames=frames), remark
 
 
 def _first(example: Sequence[Any]) -> Any:
