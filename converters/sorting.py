@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
 from dissect.registry import converter
-from dissect.windows import count, masked, window, windows
+from dissect.windows import count, masked, picked, window, windows
 
 aten = torch.ops.aten
 
@@ -131,8 +131,7 @@ def middle_of(x: Tensor, count: Tensor, dim: int, keepdim: bool) -> tuple[Tensor
     """The median of the first ``count`` values in order, for each row; the others are plus infinity."""
     values, places = torch.topk(x, x.shape[dim], dim, False)
     at = (count.long().clamp(min=1) - 1) // 2
-    at = at.reshape(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:dim], 1, *x.shape[dim + 1 :])
-    values, places = values.gather(dim, at), places.gather(dim, at)
+    values, places = picked(values, at, dim), picked(places, at, dim)
     return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
 
 

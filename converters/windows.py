@@ -17,7 +17,7 @@ from dissect.context import Context, Refused, Value
 from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
 from dissect.registry import windowed
-from dissect.windows import count, kept, known, located, masked, meet, share, windows
+from dissect.windows import count, kept, known, located, masked, meet, picked, share, windows
 
 aten = torch.ops.aten
 Convert = Callable[..., Any]
@@ -200,8 +200,7 @@ def entry(x: Tensor, count: Tensor, dim: int, index: int) -> Tensor:
     """Of each row the entry ``index`` places behind the first that is a position."""
     size = x.shape[dim]
     at = (index + size - count.long().clamp(min=1)).clamp(max=size - 1)
-    at = at.reshape(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:dim], 1, *x.shape[dim + 1 :])
-    return x.gather(dim, at).squeeze(dim)
+    return picked(x, at, dim).squeeze(dim)
 
 
 @windowed(aten.expand.default, aten.expand_copy.default)

@@ -79,11 +79,11 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     while done.refusals and reworded(work, done.trace):
         work = _unrolled(work, options, inputs)
         done = _walk(work, options, inputs)
-    spare = duplicate(work)
-    if trailing(spare, done.trace):
-        counted = _walk(spare, options, inputs)
+    ending = trailing(work, done.trace)
+    if ending is not None:
+        counted = _walk(ending, options, inputs)
         if len(counted.refusals) <= len(done.refusals):
-            work, done = spare, counted
+            work, done = ending, counted
     if done.refusals:  # a cut that was reworded brings a stride: what is refused now may follow from it
         return replace(done, captured=captured, refusals=tuple(dict.fromkeys([*cuts, *done.refusals])))
     whole: frozenset[str] = frozenset()

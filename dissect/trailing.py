@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from dissect.capturing import Captured
+from dissect.unrolling import duplicate
 from dissect.unwrapping import derived
 from dissect.values import Value
 
@@ -24,10 +25,13 @@ aten = torch.ops.aten
 _JOINS = (aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default)
 
 
-def trailing(captured: Captured, trace: Mapping[str, Value]) -> bool:
-    """Say the last few frames one by one, in place; whether there were any. ``trace``: a walk's values."""
-    found = [node for node in captured.graph.nodes if _few(node, trace)]
-    for node in found:
+def trailing(captured: Captured, trace: Mapping[str, Value]) -> Captured | None:
+    """The graph with the last few frames said one by one; None where there are none. ``trace``: a walk's values."""
+    found = {node.name for node in captured.graph.nodes if _few(node, trace)}
+    if not found:
+        return None
+    captured = duplicate(captured)
+    for node in [node for node in captured.graph.nodes if node.name in found]:
         args: Any = node.args
         source, dim, start = args[:3]
         with captured.graph.inserting_before(node):
@@ -35,7 +39,7 @@ def trailing(captured: Captured, trace: Mapping[str, Value]) -> bool:
                 derived(node, aten.select.int, (source, dim, at), f"frame_{at - start}") for at in range(start, 0)
             ]
         node.target, node.args, node.kwargs = aten.stack.default, (frames, dim), {}
-    return bool(found)
+    return captured
 
 
 def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:

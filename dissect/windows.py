@@ -37,6 +37,7 @@ __all__ = [
     "meet",
     "newest",
     "outward",
+    "picked",
     "share",
     "window",
     "windows",
@@ -83,6 +84,12 @@ def placed(table: Tensor, count: Tensor, row: bool, columns: int) -> Tensor:
     if columns == 2:
         return table[index.unsqueeze(2), index.unsqueeze(1)]
     return table[newest.unsqueeze(1), index] if row else table[index]
+
+
+def picked(x: Tensor, at: Tensor, dim: int) -> Tensor:
+    """Of each row the entry at its own place along a dimension, which is kept; ``at`` is ``(rows,)``."""
+    at = at.reshape(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    return x.gather(dim, at)
 
 
 def share(count: Tensor, size: int, like: Tensor) -> Tensor:
