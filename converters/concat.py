@@ -13,7 +13,7 @@ from dissect import ledger
 from dissect.context import Context, Refused, Value
 from dissect.converters.indexing import select, slice_
 from dissect.converters.time_axis import cat_time
-from dissect.ledger import Axis
+from dissect.ledger import Axes, Axis
 from dissect.meeting import side_by_side
 from dissect.registry import converter, patient
 
@@ -45,7 +45,7 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     at = base.kept(dim)
     assert at is not None
     values = [
-        value if value.constant else ctx.reframe(value, base.replace(dim, ledger.plain_axis(value.shape[dim])))
+        value if value.constant else wide(ctx, value, base.replace(dim, ledger.plain_axis(value.shape[dim])))
         for value in values
     ]
     whole = [value for value in values if not value.constant]
@@ -72,6 +72,20 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     nonneg = all(value.clock.nonneg for value in whole) and len(whole) == len(values)
     fill = 0.0 if len(whole) == len(values) and all(value.clock.fill == 0.0 for value in whole) else None
     return ctx.call(torch.cat, (parts, at + 1), axes, timing.but(nonneg=nonneg, fill=fill), ctx.node.meta["val"].dtype)
+
+
+def wide(ctx: Context, value: Value, axes: Axes) -> Value:
+    """A value under another ledger, whose dimensions of one entry may be wide there."""
+    same = Axes(
+        tuple(
+            axis if axis.size == mine.size or axis.dropped else Axis()
+            for axis, mine in zip(axes.dims, value.axes.dims, strict=True)
+        )
+    )
+    value = ctx.reframe(value, same)
+    if same.frame == axes.frame:
+        return ctx.reframe(value, axes)
+    return ctx.call(torch.Tensor.expand, (value, (-1, *axes.frame)), axes, value.clock, value.dtype)
 
 
 @converter(aten.stack.default)

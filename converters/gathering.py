@@ -18,10 +18,12 @@ from dissect.converters.edges import Part
 from dissect.converters.indexing import slice_
 from dissect.converters.picking import entries
 from dissect.converters.pointwise import pointwise
+from dissect.converters.shape import broadcasts
 from dissect.converters.time_axis import assembled
 from dissect.holding import RunningSum, Taps
 from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.registry import converter, patient
+from dissect.sinking import widened
 
 aten = torch.ops.aten
 
@@ -166,6 +168,8 @@ def repeat(ctx: Context, x: Value, repeats: Sequence[int]) -> Value:
     """Copies side by side; of one frame over time, that frame at every position."""
     repeats = [1] * (len(x.axes) - len(repeats)) + list(repeats)
     axes = Axes((*(Axis() for _ in range(len(repeats) - len(x.axes))), *x.axes.dims))
+    if widened(ctx.node) and all(broadcasts(user, ctx.node) for user in ctx.node.users):
+        return ctx.reframe(x, axes)
     clock = x.clock
     y = ctx.reframe(x, axes)
     wide, inner = [], []

@@ -13,10 +13,10 @@ from dissect.context import Context, Refused, Value
 from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
 from dissect.registry import converter, patient
+from dissect.sinking import widened
 
 aten = torch.ops.aten
 _ELEMENTWISE = {*pointwise.KEEPS_ZERO, *pointwise.OTHER}
-_EXPANDS = (aten.expand.default, aten.expand_copy.default)
 
 
 @converter(
@@ -79,15 +79,28 @@ def unsqueeze(ctx: Context, x: Value, dim: int) -> Value:
 
 
 def broadcasts(user: fx.Node, node: fx.Node) -> bool:
-    """Whether an elementwise operator has another operand of that shape, no broadcast itself, which decides the result's."""
-    if user.target not in _ELEMENTWISE:
+    """Whether an operator has another operand of that shape, no broadcast itself, which decides the result's.
+
+    One is an elementwise operator, another a concatenation along a dimension that is not repeated.
+    """
+    shape, free = node.meta["val"].shape, None
+    if user.target is aten.cat.default:
+        free = (user.args[1] if len(user.args) > 1 else 0) % len(shape)  # type: ignore[operator]
+        before = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+        if len(before) < len(shape) - free or before[free - len(shape)] != shape[free]:
+            return False
+    elif user.target not in _ELEMENTWISE:
         return False
-    shape = node.meta["val"].shape
-    others = [arg for arg in user.all_input_nodes if arg.target not in _EXPANDS]
-    return any(isinstance(arg.meta.get("val"), torch.Tensor) and arg.meta["val"].shape == shape for arg in others)
+    others = [arg.meta.get("val") for arg in user.all_input_nodes if not widened(arg)]
+    return any(
+        isinstance(other, torch.Tensor)
+        and len(other.shape) == len(shape)
+        and all(mine == its or dim == free for dim, (mine, its) in enumerate(zip(shape, other.shape, strict=True)))
+        for other in others
+    )
 
 
-@converter(*_EXPANDS)
+@converter(aten.expand.default, aten.expand_copy.default)
 def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) -> Value:
     """A broadcast: over time it costs nothing, since a frame has no time axis; nor does one that its reader does itself."""
     shape = ctx.out_shape

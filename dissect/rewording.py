@@ -28,6 +28,9 @@ __all__ = ["reworded"]
 aten = torch.ops.aten
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 _ADAPTIVE = {getattr(aten, f"adaptive_{kind}_pool{dims}d").default for kind in ("avg", "max") for dims in (1, 2, 3)}
+_NEAREST = {
+    getattr(getattr(aten, f"upsample_nearest{dims}d"), kind) for dims in (1, 2, 3) for kind in ("default", "vec")
+}
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int)
 
 
@@ -45,6 +48,8 @@ def reworded(captured: Captured, trace: Mapping[str, Value]) -> bool:
             changed |= _pieces(node, trace)
         elif node.target is aten.slice_scatter.default:
             changed |= _written_in_turn(node, trace)
+        elif node.target in _NEAREST:
+            changed |= _one_more(node, trace)
         elif node.target in _ADAPTIVE:
             changed |= _bins(node, trace)
         elif node.target is aten.cat.default:
@@ -197,6 +202,32 @@ def _bins(node: fx.Node, trace: Mapping[str, Value]) -> bool:
             parts.append(derived(node, pooled, (part, [dim], True), f"pool_{index}"))
     for result in results:
         _become(result, aten.cat.default, (parts, dim))
+    return True
+
+
+def _one_more(node: fx.Node, trace: Mapping[str, Value]) -> bool:
+    """The nearest of one frame more, or less: position ``i`` of ``n + 1`` is ``floor(i * n / (n + 1))``, the one before.
+
+    So the first frame stands twice (or the last is cut off), whatever the length of the clip.
+    """
+    given: tuple[Any, ...] = node.args
+    source, wanted = given[0], [int(size) for size in node.meta["val"].shape]
+    axes = _moving(source, trace)
+    if axes is None or node.name in trace or not axes[axes.time or 0].is_time:
+        return False
+    dim, shape = axes.time, [*axes.shape]
+    if dim is None or dim < 2 or abs(wanted[dim] - shape[dim]) != 1:
+        return False
+    with node.graph.inserting_before(node):
+        inside = [*wanted[2:dim], shape[dim], *wanted[dim + 1 :]]
+        if inside != shape[2:]:
+            where = (inside, None) if "vec" in str(node.target) else (inside,)
+            source = derived(node, node.target, (source, *where), "inside")
+        if wanted[dim] < shape[dim]:
+            _become(node, aten.slice.Tensor, (source, dim, 0, -1))
+            return True
+        first = derived(node, aten.slice.Tensor, (source, dim, 0, 1), "first")
+        _become(node, aten.cat.default, ([first, source], dim))
     return True
 
 

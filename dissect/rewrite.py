@@ -32,6 +32,7 @@ from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Primitive
 from dissect.registry import find, is_patient
 from dissect.rewording import reworded
+from dissect.sinking import sunk
 from dissect.timing import Timing
 from dissect.trailing import trailing
 from dissect.unrolling import Loop, duplicate, loops, rolled, unlisted
@@ -73,7 +74,7 @@ def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[A
 
 def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     """The template of a captured network; refusals are collected, not raised."""
-    work = _unrolled(collected(neighbours(unwrapped(unlisted(captured, inputs)))), options, inputs)
+    work = _unrolled(collected(neighbours(sunk(unwrapped(unlisted(captured, inputs))))), options, inputs)
     done = _walk(work, options, inputs)
     cuts = [refusal for refusal in done.refusals if "cuts through the time axis" in refusal.reason]
     while done.refusals and reworded(work, done.trace):

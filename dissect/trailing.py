@@ -54,7 +54,7 @@ def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     dim %= len(value.axes)
     size = value.shape[dim]
     whole = stop is None or (isinstance(stop, int) and stop >= size)
-    if not (value.axes[dim].is_time and whole and -size <= 2 * start < -2):
+    if not (value.axes[dim].is_time and whole and -size <= 2 * start <= -2):
         return False
     return not any(user.target in _JOINS for user in node.users) and not _convolved(node)
 

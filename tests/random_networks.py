@@ -111,7 +111,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)
-        y += same_frames(y, self.skip(x))
+        y += same_frames(y, self.skip(x)).clone()  # two views of one clip may overlap, which torch leaves undefined
         return y
 
 

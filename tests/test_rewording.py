@@ -345,3 +345,29 @@ def test_what_looks_across_the_seam_is_what_it_was() -> None:
     network = made(joined, a=nn.Conv3d(3, 2, (3, 1, 1), padding=(1, 0, 0)), b=nn.Conv3d(2, 3, 1))
     stream = dissect.convert(network, random(1, 3, 6, 4, 4), preset="exact")
     dissect.verify(stream, network, runtime=False).check()
+
+
+# Nearest resampling by one frame.
+
+
+@pytest.mark.parametrize("frames", [7, 9])
+def test_the_nearest_of_one_frame_more_or_less(frames: int) -> None:
+    """The skip of a U-Net behind a transposed convolution that gives 2n - 1 positions of 2n."""
+
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        return net.out(F.interpolate(net.layer(x), size=(x.shape[2] + frames - 8, 5, 6)))  # type: ignore[operator]
+
+    network = made(run, layer=nn.Conv3d(2, 3, 3, padding=1), out=nn.Conv3d(3, 2, 3, padding=1))
+    stream = kept(network, random(1, 2, 8, 4, 4))
+    assert stream.timing.delay == 2
+    for length in (5, 11):
+        clip = random(2, 2, length, 4, 4)
+        close(streamed(stream, clip, frames=length), network(clip).detach(), 1e-12)
+
+
+def test_the_skip_behind_a_transposed_convolution() -> None:
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        return x + F.interpolate(net.up(net.down(x)), size=x.shape[2:])  # type: ignore[operator]
+
+    down, up = nn.Conv3d(2, 3, 3, stride=2, padding=1), nn.ConvTranspose3d(3, 2, 3, stride=2, padding=1)
+    kept(made(run, down=down, up=up), random(1, 2, 8, 8, 8))

@@ -27,7 +27,7 @@ class Features(nn.Module):
         self.gru, self.lstm = nn.GRU(4, 4, batch_first=True), nn.LSTM(4, 4, batch_first=True)
         self.cell, self.score = nn.GRUCell(4, 4), nn.Linear(4, 1)
         self.point, self.flat = nn.Conv1d(4, 3, 1), nn.Conv2d(4 * T, 4 * T, 1)
-        self.valid = nn.Conv1d(4, 4, 3)
+        self.valid, self.beside, self.query = nn.Conv1d(4, 4, 3), nn.Linear(8, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
@@ -59,6 +59,19 @@ def loop_attention(net: Features, x: Tensor) -> Tensor:
     return asked(net, torch.stack(states, 1), h)
 
 
+def bahdanau(net: Features, y: Tensor, query: Tensor) -> Tensor:
+    """The query repeated, and joined to every frame."""
+    beside = net.beside(torch.cat([query.unsqueeze(1).repeat(1, y.shape[1], 1), y], 2))
+    return (torch.softmax(net.score(torch.tanh(beside)), 1) * y).sum(1)
+
+
+def repeated_first(net: Features, x: Tensor) -> Tensor:
+    """The last hidden value repeated in front of the frames, turned round, and sent through a layer."""
+    y, h = net.gru(x)
+    query = net.query(h[-1].repeat(x.shape[1], 1, 1).permute(1, 0, 2))
+    return (torch.softmax(net.score(torch.tanh(query + y)), 1) * y).sum(1)
+
+
 def queried(net: Features, x: Tensor) -> Tensor:
     y, h = net.gru(x)
     return F.scaled_dot_product_attention(h.transpose(0, 1), y, y).squeeze(1)
@@ -79,6 +92,11 @@ EXACT: dict[str, Callable[[Features, Tensor], Any]] = {
     "the last hidden value asks": lstm_attention,
     "the last of a loop asks": loop_attention,
     "the last hidden value asks, in one operator": queried,
+    "the last frame asks, a slice": lambda net, x: F.scaled_dot_product_attention(x[:, -1:], x, x)[:, 0],
+    "the last frame is joined to all": lambda net, x: bahdanau(net, x, x[:, -1]),
+    "the mean is joined to all": lambda net, x: bahdanau(net, x, x.mean(1)),
+    "the last hidden value is joined to all": lambda net, x: bahdanau(net, *(lambda y, h: (y, h[-1]))(*net.gru(x))),
+    "the last hidden value, repeated first": repeated_first,
     "a parameter asks": lambda net, x: net.heads(net.token.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0],
     "the mean asks": lambda net, x: F.scaled_dot_product_attention(x.mean(1, keepdim=True), x, x)[:, 0],
     "sorted": lambda net, x: x.sort(1, descending=True)[0][:, :2].mean(1),

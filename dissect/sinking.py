@@ -1,0 +1,77 @@
+"""Copies made as late as they can be: a layer on a repeated value is the layer on the value, repeated.
+
+``self.w(h.unsqueeze(1).repeat(1, T, 1))`` asks a layer the same T times over. Behind it, what repeats is an operand that
+broadcasts, which costs nothing, and a value of the whole clip (the last state, a mean) is one until it meets the frames.
+The law: the graph computes what it computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dissect.capturing import Captured
+from dissect.unwrapping import derived
+
+__all__ = ["sunk", "widened"]
+
+aten = torch.ops.aten
+_EXPANDS = (aten.expand.default, aten.expand_copy.default)
+_REPEATS = (aten.repeat.default, aten.tile.default)
+_UNARY = {
+    *(aten.relu.default, aten.relu6.default, aten.leaky_relu.default, aten.elu.default, aten.gelu.default),
+    *(aten.tanh.default, aten.sigmoid.default, aten.silu.default, aten.softplus.default, aten.hardtanh.default),
+    *(aten.neg.default, aten.exp.default, aten.clone.default, aten.alias.default, aten.detach.default),
+    torch.ops.dissect.dropout.default,
+}
+_TURNS = (aten.permute.default, aten.transpose.int)
+
+
+def widened(node: fx.Node) -> bool:
+    """Whether an operator does nothing but repeat dimensions of one entry."""
+    if node.target in _EXPANDS:
+        return True
+    if node.target not in _REPEATS:
+        return False
+    times: Any = node.args[1]
+    return all(count == 1 or size == 1 for count, size in _sized(node, times))
+
+
+def _sized(node: fx.Node, times: Sequence[int]) -> list[tuple[int, int]]:
+    """How often each dimension is repeated, and its size; those that are new have one entry."""
+    shape = [*node.args[0].meta["val"].shape]  # type: ignore[union-attr]
+    shape = [1] * (len(times) - len(shape)) + shape
+    return list(zip([1] * (len(shape) - len(times)) + [*times], shape, strict=True))
+
+
+def sunk(captured: Captured) -> Captured:
+    """The graph with such copies behind the layers; ``captured`` changes, and keeps the names of its nodes."""
+    for node in list(captured.graph.nodes):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or node.op != "call_function" or not widened(source):
+            continue
+        if _entrywise(node, source):
+            value: Any = source.args[0]
+            rest = node.args[1:]
+            with captured.graph.inserting_before(node):
+                missing = len(source.meta["val"].shape) - len(value.meta["val"].shape)
+                if node.target in _TURNS and missing:
+                    shape = [*[1] * missing, *value.meta["val"].shape]
+                    value = derived(node, aten.reshape.default, (value, shape), "apart")
+                made = derived(node, node.target, (value, *rest), "once")
+            made.kwargs = dict(node.kwargs)
+            node.target, node.args, node.kwargs = aten.expand.default, (made, [*node.meta["val"].shape]), {}
+            if not source.users:
+                captured.graph.erase_node(source)
+    return captured
+
+
+def _entrywise(node: fx.Node, source: fx.Node) -> bool:
+    """Whether an operator treats the copies of a value alike, and nothing else."""
+    if node.target is aten.linear.default:
+        before, after = source.args[0].meta["val"].shape, source.meta["val"].shape  # type: ignore[union-attr]
+        return bool(before) and before[-1] == after[-1] and source not in node.args[1:]
+    return (node.target in _UNARY or node.target in _TURNS) and node.all_input_nodes == [source]
