@@ -79,7 +79,7 @@ def unsqueeze(ctx: Context, x: Value, dim: int) -> Value:
 
 
 def broadcasts(user: fx.Node, node: fx.Node) -> bool:
-    """Whether an operator has another operand of that shape, no broadcast itself, which decides the result's.
+    """Whether an operator has other operands that decide its result's shape without what ``node`` repeats.
 
     One is an elementwise operator, another a concatenation along a dimension that is not repeated.
     """
@@ -91,13 +91,13 @@ def broadcasts(user: fx.Node, node: fx.Node) -> bool:
             return False
     elif user.target not in _ELEMENTWISE:
         return False
-    others = [arg.meta.get("val") for arg in user.all_input_nodes if not widened(arg)]
-    return any(
-        isinstance(other, torch.Tensor)
-        and len(other.shape) == len(shape)
-        and all(mine == its or dim == free for dim, (mine, its) in enumerate(zip(shape, other.shape, strict=True)))
-        for other in others
-    )
+    sizes = [1] * len(shape)
+    for arg in user.all_input_nodes:
+        value = (arg.args[0] if widened(arg) else arg).meta.get("val")  # type: ignore[union-attr]
+        if isinstance(value, torch.Tensor) and len(value.shape) <= len(shape):
+            for dim, size in enumerate(value.shape, len(shape) - len(value.shape)):
+                sizes[dim] = max(sizes[dim], size)
+    return all(mine == its or dim == free for dim, (mine, its) in enumerate(zip(shape, sizes, strict=True)))
 
 
 @converter(aten.expand.default, aten.expand_copy.default)

@@ -25,7 +25,7 @@ Convert = Callable[..., Any]
 BLOCKED = -1e4  # what is added to a score that must not count, or less
 
 
-@windowed(*pointwise.KEEPS_ZERO, *pointwise.OTHER, aten.prelu.default, aten.copy.default)
+@windowed(*pointwise.KEEPS_ZERO, *pointwise.OTHER, aten.prelu.default, aten.copy.default, broadcast=True)
 def elementwise(ctx: Context, convert: Convert, *args: Any, target: Any = None, **kwargs: Any) -> Value:
     """Entry by entry; an operand over time becomes a window where it meets one."""
     target = target or ctx.node.target
@@ -219,7 +219,7 @@ def expand(ctx: Context, convert: Convert, x: Value, size: Sequence[int], implic
     return ctx.call(torch.Tensor.expand, (y, (-1, *sizes)), axes, x.clock, x.dtype)
 
 
-@windowed(aten.cat.default, aten.stack.default)
+@windowed(aten.cat.default, aten.stack.default, broadcast=True)
 def beside(ctx: Context, convert: Convert, values: Sequence[Value], dim: int = 0) -> Value:
     """Side by side along another dimension."""
     values = [value for value in values if value.shape != (0,)]
@@ -239,6 +239,15 @@ def linear(ctx: Context, convert: Convert, x: Value, weight: Value, bias: Value 
         raise Refused("a linear layer over a window of positions", clipwise=True)
     result: Value = convert(ctx, x, weight, bias)
     return replace(result, axes=known(result.axes, zero=bias is None and all(held.zero for held in held_by(x))))
+
+
+@windowed(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def points(ctx: Context, convert: Convert, x: Value, weight: Value, *args: Any) -> Value:
+    """A convolution of points, entry by entry."""
+    if any(size > 1 for size in weight.shape[2:]) or x.shape[2:] != ctx.out_shape[2:]:
+        raise Refused("a convolution over a window of positions", clipwise=True)
+    result: Value = convert(ctx, x, weight, *args)
+    return replace(result, axes=known(result.axes))
 
 
 _REDUCED = {

@@ -34,6 +34,7 @@ Function = TypeVar("Function", bound=Converter)
 _CONVERTERS: dict[Any, Converter] = {}
 _WINDOWED: dict[Any, Converter] = {}
 _PATIENT: set[Any] = set()
+_BROADCAST: set[Any] = set()
 
 
 def converter(*ops: Any) -> Callable[[Function], Function]:
@@ -62,14 +63,17 @@ def is_patient(op: Any) -> bool:
     return op in _PATIENT
 
 
-def windowed(*ops: Any) -> Callable[[Function], Function]:
+def windowed(*ops: Any, broadcast: bool = False) -> Callable[[Function], Function]:
     """Register how ``ops`` treat an operand with a window axis: called with the context, their converter, and their arguments.
 
-    An operator without such a rule sees the newest entry of the window alone.
+    An operator without such a rule sees the newest entry of the window alone. ``broadcast``: its operands broadcast, so
+    that one may have its frames where another is repeated; then the rule makes a window of one of them.
     """
 
     def register(function: Function) -> Function:
         _WINDOWED.update(dict.fromkeys(ops, function))
+        if broadcast:
+            _BROADCAST.update(ops)
         return function
 
     return register
@@ -79,6 +83,11 @@ def find_windowed(op: Any) -> Converter | None:
     """The rule of an operator for a window axis, or None."""
     _load_shipped()
     return _WINDOWED.get(op)
+
+
+def is_broadcast(op: Any) -> bool:
+    """Whether the rule of an operator takes operands whose frames lie along different dimensions."""
+    return op in _BROADCAST
 
 
 def pointwise(*ops: Any) -> None:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from dissect.asking import key_of
 from dissect.ledger import Axes, Axis, Factor
 from dissect.primitives import Primitive, Query, tap
-from dissect.registry import find_windowed
+from dissect.registry import find_windowed, is_broadcast
 from dissect.timing import Window
 
 if TYPE_CHECKING:
@@ -194,7 +195,10 @@ def aligned(ctx: Context, values: Sequence[Value]) -> list[Value]:
 
 
 def meet(ctx: Context, values: Sequence[Value], what: str) -> list[Value]:
-    """Operands of an elementwise operator: where an axis of time meets a window of it, it becomes one too."""
+    """Operands of an elementwise operator: where an axis of time meets a window of it, it becomes one too.
+
+    Of frames along two dimensions (``x.unsqueeze(2) - x.unsqueeze(1)``) those that are the keys become a window.
+    """
     values = aligned(ctx, values)
     rank = max(len(value.shape) for value in values)
     met = {
@@ -204,11 +208,28 @@ def meet(ctx: Context, values: Sequence[Value], what: str) -> list[Value]:
         for at in range(-rank, 0)
         if len(value.axes) >= -at and "K" in value.axes[at].kinds
     }
+    timed, told = crossed(values), False
+    if timed and not met & timed:
+        keys: Any = key_of(ctx.node, sorted(timed), list(range(-len(ctx.out_shape), 0)))
+        met = timed if ctx.node.name in ctx.whole else {keys}
+        ctx.matrices[ctx.node.name] = frozenset({len(ctx.rows)})
+        what, told = "every frame beside the others", True
     done = []
     for value in values:
         time = None if value.constant or value.time is None else value.time - len(value.axes)
-        done.append(window(ctx, value, what, row=False) if time in met else value)
+        done.append(window(ctx, value, what, row=told) if time in met else value)
+        told = told and time not in met
     return done
+
+
+def crossed(values: Sequence[Value]) -> set[int]:
+    """The two dimensions, from the right, along which operands that broadcast have their frames; none where it is one."""
+    from dissect.values import Refused
+
+    timed = {value.time - len(value.axes) for value in values if not value.constant and value.time is not None}
+    if len(timed) > 2:
+        raise Refused("frames of three different times beside each other")
+    return timed if len(timed) == 2 else set()
 
 
 def newest(ctx: Context, value: Value) -> Value:
@@ -289,7 +310,8 @@ def apply(ctx: Context, convert: Callable[..., Any], args: Sequence[Any], kwargs
     rows = len(ctx.rows)
     if rule is not None and wanted(ctx, leaves(args, kwargs)):
         args, kwargs = changed((args, kwargs), lambda value: windowed(ctx, value))
-    if any("K" in value.axes.kinds for value in leaves(args, kwargs)):
+    across = is_broadcast(ctx.node.target) and crossed(leaves(args, kwargs))
+    if across or any("K" in value.axes.kinds for value in leaves(args, kwargs)):
         if rule is not None:
             try:
                 return rule(ctx, convert, *args, **kwargs)

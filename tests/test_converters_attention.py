@@ -28,6 +28,14 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(1, 2) * 0.4
 
 
+def joined(q: Tensor, k: Tensor) -> Tensor:
+    """Each query repeated beside each key, and a convolution of points over the pairs (non-local blocks)."""
+    q, k = q.transpose(1, 2).unsqueeze(3), k.transpose(1, 2).unsqueeze(2)
+    pairs = torch.cat([q.repeat(1, 1, 1, k.shape[3]), k.repeat(1, 1, q.shape[2], 1)], 1)
+    weight = torch.linspace(-1, 1, pairs.shape[1]).to(q).reshape(1, -1, 1, 1)
+    return F.conv2d(pairs, weight).relu().squeeze(1)
+
+
 def early(t: int) -> Tensor:
     return torch.ones(t, t, dtype=torch.bool).tril()
 
@@ -51,6 +59,12 @@ ACROSS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         ).softmax(-1)
         @ v
     ),
+    "added": lambda q, k, v: (q.unsqueeze(2) + k.unsqueeze(1)).tanh().sum(3).softmax(-1) @ v,
+    "distances": lambda q, k, v: (-(q.unsqueeze(2) - k.unsqueeze(1)).pow(2).sum(3)).softmax(-1) @ v,
+    "distances, keys first": lambda q, k, v: (
+        (-(k.unsqueeze(2) - q.unsqueeze(1)).abs().sum(3)).softmax(1).transpose(1, 2) @ v
+    ),
+    "joined": lambda q, k, v: joined(q, k) / k.shape[1] @ v,
     "linear": lambda q, k, v: q.softmax(-1) @ (k.softmax(1).transpose(1, 2) @ v),
 }
 
