@@ -32,6 +32,9 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
         return values[0]
     rank = len(values[0].shape)
     dim %= rank
+    values = [value for value in values if value.shape[dim]] or values[:1]  # a shift of 3 // 8 channels is of none
+    if len(values) == 1:
+        return values[0]
     moving = [value for value in values if not value.constant]
     if any(value.axes[dim].is_time for value in moving):
         return cat_time(ctx, values, dim)

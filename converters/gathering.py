@@ -24,6 +24,7 @@ from dissect.holding import RunningSum, Taps
 from dissect.ledger import Axes, Axis, Factor, plain_axis
 from dissect.registry import converter, patient
 from dissect.sinking import widened
+from dissect.trailing import convolved
 
 aten = torch.ops.aten
 
@@ -81,15 +82,19 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
     gaps = [after - at for at, after in itertools.pairwise(chosen)]
     if not gaps or min(gaps) < 1:
         raise Refused(
-            "frames in another order than that of the clip", "choose frames in the clip's order, evenly spaced"
+            "frames in another order than that of the clip",
+            "choose frames in the clip's order, evenly spaced",
+            clipwise=not convolved(ctx.node),
         )
+    if ctx.exact and not convolved(ctx.node):
+        raise Refused("unevenly spaced frames", clipwise=True)
     step = max(1, round((chosen[-1] - chosen[0]) / len(gaps)))
     first = min(
         max(0, round(sum(at - step * index for index, at in enumerate(chosen)) / len(chosen))),
         size - 1 - step * len(gaps),
     )
     if first < 0:
-        raise Refused("unevenly spaced frames", "choose them evenly spaced: torch.arange(0, T, step)")
+        raise Refused("unevenly spaced frames", "choose them evenly spaced: torch.arange(0, T, step)", clipwise=True)
     main = slice_time(ctx, x, dim, first, first + step * len(gaps) + 1, step, left_over=True)
     ctx.row(
         f"every {step} frames",

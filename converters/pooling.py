@@ -79,11 +79,14 @@ def pool_settings(
     ctx: Context, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any
 ) -> tuple[list[int], ...]:
     dims = {"1d": 1, "2d": 2, "3d": 3}[str(ctx.node.target).split(".")[1][-2:]]
-    if len(x.shape) != dims + 2:
-        raise Refused("a pool of an input without a batch dimension", "give the network clips with a batch dimension")
     size = spread(kernel, dims)
     step = list(size) if not isinstance(stride, int) and not stride else spread(stride, dims)
-    return size, step, spread(padding, dims), spread(dilation, dims)
+    settings = size, step, spread(padding, dims), spread(dilation, dims)
+    if len(x.shape) == dims + 1 and (size[0], step[0], settings[2][0]) == (1, 1, 0):  # (1, h, w) of (N * T, C, H, W)
+        return tuple(setting[1:] for setting in settings)
+    if len(x.shape) != dims + 2:
+        raise Refused("a pool of an input without a batch dimension", "give the network clips with a batch dimension")
+    return settings
 
 
 def pool(
@@ -206,11 +209,17 @@ def grows(node: fx.Node) -> bool:
         for user in queue.pop().users:
             if user in seen:
                 continue
-            if user.target in _GROWING:
+            if user.target in _GROWING and longer(user):
                 return True
             seen.add(user)
             queue.append(user)
     return False
+
+
+def longer(node: fx.Node) -> bool:
+    """Whether an operator on clips ``(N, C, T, ...)`` gives more positions than it gets: ``nn.Upsample(1)`` does not."""
+    after, before = node.meta["val"].shape, node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return bool(after[2] > before[2])
 
 
 def pool_taps(

@@ -34,6 +34,8 @@ def slice_scatter(
     dim %= len(base.shape)
     size = base.shape[dim]
     first, stop, _ = slice(start, end).indices(size)
+    if first >= stop:
+        return base
     base, source = ctx.sure(base), placed(ctx, source, dim, size, first, stop, step)
     if (first, stop, step) == (0, size, 1) and not source.constant:
         return source

@@ -16,8 +16,8 @@ from dissect import ledger
 from dissect.context import Context, Refused, Value
 from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
-from dissect.registry import windowed
-from dissect.windows import count, kept, known, located, masked, meet, picked, share, windows
+from dissect.registry import find, windowed
+from dissect.windows import count, kept, known, located, masked, meet, share, windows
 
 aten = torch.ops.aten
 Convert = Callable[..., Any]
@@ -163,46 +163,6 @@ def same_entries(ctx: Context, convert: Convert, *args: Any, **kwargs: Any) -> A
     return convert(ctx, *args, **kwargs)
 
 
-@windowed(
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.slice.Tensor,
-)
-def cut(ctx: Context, convert: Convert, x: Value, *args: Any, **kwargs: Any) -> Any:
-    """Cutting another dimension; a cut through the window falls back to its newest entry."""
-    at = 0 if ctx.node.target in (aten.unbind.int, aten.slice.Tensor) else 1
-    dim = kwargs.get("dim", args[at] if len(args) > at else 0) % len(x.axes)
-    if "K" in x.axes[dim].kinds:
-        raise Refused("a cut through a window of positions", clipwise=True)
-    return convert(ctx, x, *args, **kwargs)
-
-
-@windowed(aten.select.int)
-def select(ctx: Context, convert: Convert, x: Value, dim: int, index: int) -> Value:
-    """One entry of a window: that position of the clip, counted from its end, or from the first that there is."""
-    dim %= len(x.axes)
-    if "K" not in x.axes[dim].kinds:
-        return convert(ctx, x, dim, index)
-    if x.axes[dim].kinds != "K":
-        raise Refused("a selection from an axis that merges time with others")
-    at = x.axes.kept(dim)
-    assert at is not None
-    axes = Axes((*x.axes.dims[:dim], *x.axes.dims[dim + 1 :]))
-    if index < 0 or index == x.shape[dim] - 1:
-        return ctx.call(torch.select, (x, at + 1, index % x.shape[dim]), axes, x.clock, x.dtype)
-    known = count(ctx, windows(Axes((x.axes[dim],)))[0])
-    return ctx.call(entry, (x, known, at + 1, index), axes, x.clock, x.dtype)
-
-
-def entry(x: Tensor, count: Tensor, dim: int, index: int) -> Tensor:
-    """Of each row the entry ``index`` places behind the first that is a position."""
-    size = x.shape[dim]
-    at = (index + size - count.long().clamp(min=1)).clamp(max=size - 1)
-    return picked(x, at, dim).squeeze(dim)
-
-
 @windowed(aten.expand.default, aten.expand_copy.default)
 def expand(ctx: Context, convert: Convert, x: Value, size: Sequence[int], implicit: bool = False) -> Value:
     """A broadcast over plain dimensions."""
@@ -261,14 +221,16 @@ _REDUCED = {
 
 
 @windowed(*_REDUCED)
-def reduce(ctx: Context, convert: Convert, x: Value, dims: Any = None, *args: Any, **kwargs: Any) -> Any:
+def reduce(
+    ctx: Context, convert: Convert, x: Value, dims: Any = None, *args: Any, target: Any = None, **kwargs: Any
+) -> Any:
     """A reduction of the window leaves out the entries that are no positions."""
     rank = len(x.axes)
     over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     chosen = [dim % rank for dim in over if "K" in x.axes[dim % rank].kinds]
     given = () if dims is None else (dims,)
-    target = ctx.node.target
-    fill = _REDUCED[target]  # type: ignore[index]
+    target = target or ctx.node.target
+    fill = _REDUCED[target]
     for dim in chosen:
         if fill or not all(held.zero for held in held_by(replace(x, axes=Axes((x.axes[dim],))))):
             x = masked(ctx, x, fill, dim)
@@ -279,6 +241,23 @@ def reduce(ctx: Context, convert: Convert, x: Value, dims: Any = None, *args: An
             part = ctx.graph.call_function(share, (count(ctx, windows(Axes((x.axes[dim],)))[0]), size, result.node))
             result = ctx.call(torch.mul, (result, part), result.axes, result.clock, result.dtype)
     return result
+
+
+@windowed(
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+    aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool3d.default,
+)
+def pooled(ctx: Context, convert: Convert, x: Value, sizes: Sequence[int]) -> Any:
+    """A global pool is a mean of the window."""
+    dims = list(range(len(x.axes) - len(sizes), len(x.axes)))
+    if {*sizes} == {1}:
+        return reduce(ctx, find(aten.mean.dim) or convert, x, dims, True, target=aten.mean.dim)
+    if any("K" in x.axes[dim].kinds for dim in dims):
+        raise Refused("a pool over a window of positions", clipwise=True)
+    return convert(ctx, x, sizes)
 
 
 @windowed(aten.linalg_vector_norm.default)

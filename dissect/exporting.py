@@ -15,11 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript.optimizer import fold_constants
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.beside import beside
@@ -39,6 +41,8 @@ __all__ = ["contract_of", "export"]
 #: above this, weights go to a file of their own (a protobuf holds no more)
 LIMIT = 2_000_000_000
 ROWS = 3  # the batch of the trace; the file's is dynamic
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 #: names that a step model's inputs and caches have
 _INPUTS = re.compile(r"frame(_\d+)?|reset|(new_)?cache_\d+.*")
@@ -149,11 +153,14 @@ def to_model(
                 flat.eval(), args, dynamic_shapes=(tuple({0: batch} for _ in args),), strict=False
             )
             exported = torch.onnx.export(
-                program, dynamo=True, input_names=names, output_names=outs, optimize=True, verbose=False
+                program, dynamo=True, input_names=names, output_names=outs, optimize=False, verbose=False
             )
+            assert exported is not None
+            fold_constants(exported.model)
+            _say_small(exported.model)
+            exported.optimize()
     except Exception as error:
         raise ExportError(f"the step model does not go to ONNX: {_reason(error)}") from error
-    assert exported is not None
     model = exported.model
     _tidy(model)
     _set_apart(model, {*names, *outs})
@@ -193,6 +200,27 @@ def _tuned(source: Any, frames: list[torch.Tensor], live: bool, blocked: bool) -
         kept = steady(step, source.cache_list) if live else tuple(source.cache_list)
         step.recompile()
         return Tuned(step, kept)
+
+
+def _say_small(model: ir.Model) -> None:
+    """Numbers next to 0 or 1 as vectors of one entry: as scalars, the exporter's optimizer takes ``x + 1e-8`` for ``x``.
+
+    Source: onnxscript's rules ``add_0`` and ``mul_by_1``, which match a scalar within an absolute 1e-8 or a relative 1e-5.
+    """
+    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*values, *model.graph.initializers.values()):
+        const = value.const_value
+        if const is None or const.dtype not in _FLOATS or const.shape.rank() != 0:
+            continue
+        number = float(const.numpy())
+        ends = [end for end in (0.0, 1.0) if number != end and isclose(number, end, rel_tol=1e-5, abs_tol=1e-8)]
+        for user, at in tuple(value.uses()) if ends else ():
+            other = user.inputs[1 - at] if user.op_type in ("Add", "Sub", "Mul", "Div") else None
+            if user.graph is not None and other is not None and other.shape is not None and other.shape.rank() > 0:
+                vector = ir.node("Constant", [], {"value": ir.tensor(const.numpy().reshape(1))})
+                vector.outputs[0].name = f"{value.name}_{user.outputs[0].name}"
+                user.graph.insert_before(user, vector)
+                user.replace_input_with(at, vector.outputs[0])
 
 
 def _tidy(model: ir.Model) -> None:

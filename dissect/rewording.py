@@ -53,7 +53,7 @@ def reworded(captured: Captured, trace: Mapping[str, Value]) -> bool:
         elif node.target in _ADAPTIVE:
             changed |= _bins(node, trace)
         elif node.target is aten.cat.default:
-            changed |= unjoined(node, trace)
+            changed |= unjoined(node, trace) or _on_batch(node, trace)
         else:
             changed |= weighted(node, trace)
     if changed:
@@ -62,10 +62,16 @@ def reworded(captured: Captured, trace: Mapping[str, Value]) -> bool:
     return changed
 
 
+def _given(node: Any, trace: Mapping[str, Value]) -> Axes | None:
+    """The ledger of a tensor that depends on the clip."""
+    value = trace.get(node.name) if isinstance(node, fx.Node) else None
+    return value.axes if value is not None and not value.constant else None
+
+
 def _moving(node: Any, trace: Mapping[str, Value]) -> Axes | None:
     """The ledger of a tensor with a time axis."""
-    value = trace.get(node.name) if isinstance(node, fx.Node) else None
-    return value.axes if value is not None and not value.constant and value.time is not None else None
+    axes = _given(node, trace)
+    return axes if axes is not None and axes.time is not None else None
 
 
 def _part(node: fx.Node, trace: Mapping[str, Value]) -> bool:
@@ -77,7 +83,42 @@ def _part(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     sizes: list[int] = [part.shape[given[2]] for part in split.meta["val"]]
     at: Any = index
     start = sum(sizes[:at])
+    if _off_batch(node, given[0], given[2], int(start), sizes[at], trace):
+        return True
     return _frames(node, given[0], given[2], start, start + sizes[at], trace)
+
+
+def _on_batch(node: fx.Node, trace: Mapping[str, Value]) -> bool:
+    """Parts of every row behind each other in the batch, as heads are: a stack of them, merged with it."""
+    parts: Any = node.args[0]
+    ledgers = [_given(part, trace) for part in parts]
+    if (node.args[1] if len(node.args) > 1 else 0) != 0 or not all(axes and axes[0].kinds == "N" for axes in ledgers):
+        return False
+    if len({axes.shape for axes in ledgers if axes}) > 1:
+        return False
+    with node.graph.inserting_before(node):
+        stack = derived(node, aten.stack.default, (parts, 0), "stack")
+    _become(node, aten.reshape.default, (stack, [*node.meta["val"].shape]))
+    return True
+
+
+def _off_batch(node: fx.Node, source: Any, dim: Any, start: int, size: int, trace: Mapping[str, Value]) -> bool:
+    """One of those parts again, as many rows as the batch has."""
+    axes = _given(source, trace)
+    if (
+        axes is None
+        or axes[dim % len(axes)].kinds != "SN"
+        or axes[dim % len(axes)].factors[1].size != size
+        or start % size
+    ):
+        return False
+    dim %= len(axes)
+    shape = [*axes.shape]
+    view = [*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :]]
+    with node.graph.inserting_before(node):
+        apart = derived(node, aten.reshape.default, (source, view), "apart")
+    _become(node, aten.select.int, (apart, dim, start // size))
+    return True
 
 
 def _slice(node: fx.Node, trace: Mapping[str, Value]) -> bool:

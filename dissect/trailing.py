@@ -19,7 +19,7 @@ from dissect.unrolling import duplicate
 from dissect.unwrapping import derived
 from dissect.values import Value
 
-__all__ = ["trailing"]
+__all__ = ["convolved", "trailing"]
 
 aten = torch.ops.aten
 _JOINS = (aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default)
@@ -56,10 +56,10 @@ def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     whole = stop is None or (isinstance(stop, int) and stop >= size)
     if not (value.axes[dim].is_time and whole and -size <= 2 * start <= -2):
         return False
-    return not any(user.target in _JOINS for user in node.users) and not _convolved(node)
+    return not any(user.target in _JOINS for user in node.users) and not convolved(node)
 
 
-def _convolved(node: fx.Node) -> bool:
+def convolved(node: fx.Node) -> bool:
     """Whether a convolution or a pool stands anywhere behind a node."""
     queue, seen = [node], {node}
     while queue:

@@ -351,3 +351,34 @@ def test_what_parameters_alone_give_is_computed_once(tmp_path: Path) -> None:
     network = Orthogonal().eval()
     stream = dissect.convert(network, torch.randn(1, 3, 4, 6, 6), preset="exact")
     dissect.verify(stream, network, onnx=stream.export(tmp_path / "step.onnx")).check()
+
+
+class Tiny(nn.Module):
+    """Numbers next to 0 and 1, which count where the picture is black."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x / (x.square().mean(1, keepdim=True) + 1e-9).sqrt() + (x + 1e-10).abs().log() * 1.000004
+
+
+def test_small_numbers_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Tiny().eval()
+    stream = dissect.convert(network, torch.randn(1, 2, 8), preset="exact", time_dim=2)
+    runner = dissect.Runner(dissect.export(stream, tmp_path / "tiny.onnx"), providers=["CPUExecutionProvider"])
+    black = torch.zeros(1, 2, 4)
+    with torch.no_grad():
+        wanted = network(black)[..., 0].numpy()
+    outputs = [runner.step(np.zeros((1, 2), np.float32)) for _ in range(3)]
+    assert np.allclose(outputs[-1], wanted, rtol=1e-6, atol=0)
+    clip = torch.randn(1, 2, 12)
+    runner.reset()
+    got = [runner.step(clip[..., at].numpy()) for at in range(12)]
+    wanted = torch.log((network.conv(clip) + 1e-10).abs())[..., 5].detach().numpy()
+    scaled = network(clip)[..., 5].detach().numpy()
+    assert np.allclose(got[6], scaled, rtol=2e-6, atol=1e-6)
+    assert not np.allclose(scaled, scaled - 4e-6 * wanted, rtol=1e-7, atol=0)

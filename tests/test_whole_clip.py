@@ -28,6 +28,7 @@ class Features(nn.Module):
         self.cell, self.score = nn.GRUCell(4, 4), nn.Linear(4, 1)
         self.point, self.flat = nn.Conv1d(4, 3, 1), nn.Conv2d(4 * T, 4 * T, 1)
         self.valid, self.beside, self.query = nn.Conv1d(4, 4, 3), nn.Linear(8, 4), nn.Linear(4, 4)
+        self.uneven = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
@@ -97,6 +98,11 @@ EXACT: dict[str, Callable[[Features, Tensor], Any]] = {
     "the mean is joined to all": lambda net, x: bahdanau(net, x, x.mean(1)),
     "the last hidden value is joined to all": lambda net, x: bahdanau(net, *(lambda y, h: (y, h[-1]))(*net.gru(x))),
     "the last hidden value, repeated first": repeated_first,
+    "frames unevenly spaced": lambda net, x: net.uneven(x[:, (0, 1, 3, 5)].flatten(1)),
+    "frames in another order": lambda net, x: net.uneven(x[:, [5, 4, 1, 0]].flatten(1)),
+    "tokens put back, and pooled": lambda net, x: F.adaptive_avg_pool3d(
+        net.layer(x).reshape(-1, T, 1, 1, 4).permute(0, 4, 1, 2, 3), 1
+    ).flatten(1),
     "a parameter asks": lambda net, x: net.heads(net.token.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0],
     "the mean asks": lambda net, x: F.scaled_dot_product_attention(x.mean(1, keepdim=True), x, x)[:, 0],
     "sorted": lambda net, x: x.sort(1, descending=True)[0][:, :2].mean(1),
