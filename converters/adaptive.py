@@ -9,7 +9,7 @@ import torch
 from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import strided
 from dissect.converters.pooling import pool_taps, spaced
-from dissect.global_pool import pool_time
+from dissect.global_pool import policy, pool_time
 from dissect.ledger import plain_axis
 from dissect.registry import converter
 
@@ -49,7 +49,8 @@ def adaptive(ctx: Context, x: Value, kind: str, size: list[int]) -> Value:
     positions, wanted = x.shape[channels + time], size[time]
     if wanted > 1:  # the length of its bins follows that of the clip
         ctx.grain = lcm(ctx.grain, ctx.frames)
-    if wanted == positions and not (wanted == 1 and ctx.preset == "d3d" and y.clock.removed > 1):
+    further = (ctx.preset == "d3d" and y.clock.removed > 1) or policy(ctx) == "cumulative"
+    if wanted == positions and not (wanted == 1 and further):
         return y
     out = axes.sized((*axes.shape[: channels + time], wanted, *axes.shape[channels + time + 1 :]))
     if wanted == 1:

@@ -12,7 +12,14 @@ from dissect.ledger import Axes
 from dissect.primitives import CumulativeMean, WindowReduce
 from dissect.values import Value
 
-__all__ = ["pool_time"]
+__all__ = ["policy", "pool_time"]
+
+
+def policy(ctx: Context) -> str:
+    """What the user wants of the global pool at hand: ``window``, ``cumulative`` or ``none``."""
+    settings = ctx.settings
+    asked: str = settings.get("pool", "window" if "window" in settings else ctx.options.pool)
+    return asked
 
 
 def pool_time(
@@ -25,7 +32,7 @@ def pool_time(
     clock = value.clock
     positions = count if count is not None else clock.length(ctx.frames)
     settings = ctx.settings
-    policy = settings.get("pool", "window" if "window" in settings else ctx.options.pool)
+    asked = policy(ctx)
     window = settings.get("window", ctx.options.window)
     if ctx.preset == "d3d":
         positions = min(positions * clock.removed, ctx.frames)
@@ -35,12 +42,12 @@ def pool_time(
     clock = value.clock
     timing = clock.plain()
     facts: dict[str, Any] = {"kernel": count or clock.length(ctx.frames), "stride": stride}
-    if policy == "none" or (policy == "window" and positions == 1):
-        exact = policy == "window" and not given
+    if asked == "none" or (asked == "window" and positions == 1):
+        exact = asked == "window" and not given
         why = "" if exact else "every frame for itself"
         ctx.row("per frame", exact=exact, reason=why, **facts)
         return replace(value, axes=axes, timing=timing)
-    if policy == "cumulative":
+    if asked == "cumulative":
         ctx.mixes(value)
         value = ctx.settled(value)
         phased = ctx.exact and stride > 1

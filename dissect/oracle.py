@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -214,8 +215,17 @@ class _Edges(fx.Interpreter):
     def newest(self, x: Tensor, value: Value) -> Tensor:
         """As many positions as the original has there, the newest: moved edges may leave more."""
         assert value.time is not None
-        count, size = value.shape[value.time], x.shape[value.time]
-        return x if size <= count else x.narrow(value.time, size - count, count)
+        axis = value.axes[value.time]
+        at = axis.kinds.index("T")
+        count = axis.factors[at].size
+        before = prod(factor.size for factor in axis.factors[:at])
+        after = prod(factor.size for factor in axis.factors[at + 1 :])
+        size, left = divmod(x.shape[value.time], before * after)
+        if size <= count or left or "N" in axis.kinds:
+            return x
+        apart = x.unflatten(value.time, (before, size, after)).narrow(value.time + 1, size - count, count)
+        flat: Tensor = apart.flatten(value.time, value.time + 2)
+        return flat
 
     def conv(
         self,

@@ -8,7 +8,7 @@ the work of each operator through :class:`~dissect.context.Context`; they name p
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import lcm
 from typing import Any
@@ -272,7 +272,7 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
                 for clip in range(1, max(ctx.frames, 64))
                 if value.clock.length(clip) > 0
             )
-            if ctx.exact and late and not (ctx.clock and ctx.clock[0].flushes):
+            if ctx.exact and late and not _told(ctx, moving):
                 value = ctx.gate(value)  # no layer asks when the clip ends, but the flush must be told
             value = ctx.delay(value, wait)
             apart = ledger.apart(value.axes)
@@ -295,6 +295,19 @@ def _finish(ctx: Context, values: Mapping[fx.Node, Any], outputs: list[Output]) 
         reach = max(query.delay + query.shift + query.stride * (query.positions + 1) for query in clock.queries)
         clock.settled = -(-(max(reach, 0) + 1) // clock.period) * clock.period
     _account(ctx)
+
+
+def _told(ctx: Context, values: Sequence[Value]) -> bool:
+    """Whether something that ``values`` are made of asks when the clip ends; what was built and is not read does not count."""
+    if ctx.clock is None or not ctx.clock[0].flushes:
+        return False
+    queue = [value.node for value in values]
+    seen = {*queue}
+    while queue:
+        more = [node for node in queue.pop().all_input_nodes if node not in seen]
+        seen.update(more)
+        queue += more
+    return ctx.clock[1] in seen
 
 
 def _account(ctx: Context) -> None:
