@@ -14,7 +14,7 @@ from dissect.carried import begin, carry, last_frame, later
 from dissect.context import Context, Refused, Value
 from dissect.converters.recurrence import fixed
 from dissect.holding import Choose
-from dissect.ledger import Axes, Axis, Factor, plain_axis
+from dissect.ledger import Axes, Axis, Factor, alike, plain_axis
 from dissect.primitives import Primitive, Query
 from dissect.recurrence import Loop
 from dissect.registry import converter
@@ -143,7 +143,7 @@ def started(ctx: Context, value: Value, axes: Axes) -> fx.Node | None:
     sizes = [factor.size for axis in axes.dims for factor in axis.factors or (Factor("S", 1),)]
     kinds = [factor.kind for axis in axes.dims for factor in axis.factors or (Factor("S", 1),)]
     tensor, at = value.tensor.reshape(sizes), kinds.index("N")
-    if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+    if not alike(tensor, tensor.narrow(at, 0, 1)):
         raise Refused("a Python loop over time whose first carried value differs from row to row of the batch")
     node = ctx.graph.call_function(torch.reshape, (value.node, tuple(sizes)))
     node = ctx.graph.call_function(torch.select, (node, at, 0))

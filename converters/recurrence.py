@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dissect.context import Context, Refused, Value
-from dissect.ledger import Axes, Axis, plain_axis
+from dissect.ledger import Axes, Axis, alike, plain_axis
 from dissect.recurrence import KINDS, FrameRecurrence, Recurrence
 from dissect.registry import converter
 
@@ -175,7 +175,7 @@ def started(ctx: Context, value: Value, rows: Axis, space: Sequence[int]) -> fx.
         raise Refused("a recurrence without a batch")
     split = (levels, *[factor.size for factor in rows.factors], size)
     tensor = value.tensor.reshape(split)
-    if not torch.equal(tensor, tensor.narrow(1 + batch, 0, 1).expand_as(tensor)):
+    if not alike(tensor, tensor.narrow(1 + batch, 0, 1)):
         raise Refused("its first hidden value differs from row to row of the batch")
     node = ctx.graph.call_function(torch.reshape, (value.node, split))
     node = ctx.graph.call_function(torch.select, (node, 1 + batch, 0))
@@ -253,7 +253,7 @@ def started_anywhere(ctx: Context, value: Value, rows: Axis, space: Sequence[int
     tensor, node = value.tensor.reshape(split), ctx.graph.call_function(torch.reshape, (value.node, split))
     for at, factor in reversed(list(enumerate(rows.factors))):
         if not factor.inner:
-            if not torch.equal(tensor, tensor.narrow(1 + at, 0, 1).expand_as(tensor)):
+            if not alike(tensor, tensor.narrow(1 + at, 0, 1)):
                 raise Refused("its first hidden value differs from row to row of the batch, or from frame to frame")
             tensor, node = tensor.select(1 + at, 0), ctx.graph.call_function(torch.select, (node, 1 + at, 0))
     return ctx.graph.call_function(torch.reshape, (node, (1, levels, *(space or [1]), size)))

@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from dissect import ledger
 from dissect.capturing import Captured
-from dissect.ledger import Axes, Axis
+from dissect.ledger import Axes, Axis, alike
 from dissect.origins import op_name, source_of
 from dissect.plan import Row
 from dissect.primitives import Primitive
@@ -260,7 +260,7 @@ class Builder:
             if factor.inner or factor.size == 1:
                 continue
             at = dim + index
-            if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+            if not alike(tensor, tensor.narrow(at, 0, 1)):
                 where = "frame to frame of the clip (a position in the clip has no meaning in a stream)"
                 raise Refused(
                     f"a constant that differs from {where if factor.kind == 'T' else 'row to row of the batch'}",

@@ -76,6 +76,7 @@ class Context(Builder):
         if len(strides) > 1:
             raise Refused(
                 f"its operands have temporal strides {' and '.join(map(str, sorted(strides)))}, so their positions do not meet",
+                "bring them to one rate before they meet: stride, pool or resample the faster one",
             )
         ready = [value if value.clock.first else self.settled(value) for value in moving]
         latest = max(

@@ -27,6 +27,7 @@ __all__ = [
     "Axis",
     "Factor",
     "LedgerError",
+    "alike",
     "alone",
     "apart",
     "bare",
@@ -188,9 +189,12 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
     :class:`LedgerError`. A time factor of size 1 keeps a dimension of size 1 of its own where
     the new shape has one at its place, and ends otherwise.
     """
-    queue = [factor for axis in axes.dims for factor in axis.factors if factor.size > 1 or factor.kind != "S"]
-    dims: list[Axis] = []
-    for size in shape:
+    same = 0  # dimensions in front that stay as they are: among several of size 1, it matters which is the batch
+    if len(shape) >= len(axes):
+        same = next((at for at, axis in enumerate(axes.dims) if axis.size != shape[at]), len(axes))
+    dims: list[Axis] = [*axes.dims[:same]]
+    queue = [factor for axis in axes.dims[same:] for factor in axis.factors if factor.size > 1 or factor.kind != "S"]
+    for size in shape[same:]:
         taken: list[Factor] = []
         room = size
         if size == 1 and queue and queue[0].size == 1:
@@ -404,3 +408,13 @@ def rows_first(x: Tensor, axes: Axes) -> Tensor:
 
 def _numel(shape: Sequence[int]) -> int:
     return prod(shape)
+
+
+def alike(tensor: torch.Tensor, first: torch.Tensor) -> bool:
+    """Whether every part of a tensor is the first, to rounding: a product's rows differ in the last bit for the same input."""
+    if torch.equal(tensor, first.expand_as(tensor)):
+        return True
+    if not tensor.is_floating_point() or not bool(first.isfinite().all()):
+        return False
+    near = 8 * torch.finfo(tensor.dtype).eps
+    return torch.allclose(tensor, first.expand_as(tensor), near, near * float(first.abs().max()))

@@ -42,6 +42,9 @@ from dissect.windows import apply, outward
 
 __all__ = ["converted", "rewrite"]
 
+#: what helps wherever a converter has no better advice
+FIX = "end the network in front of it, or register a converter of your own with --rules"
+
 
 def _merges(captured: Captured) -> tuple[dict[Any, list[Any]], list[Any], list[Any]]:
     aten = torch.ops.aten
@@ -173,7 +176,8 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
         try:
             values[node] = converted(ctx, node, values)
         except (Refused, LedgerError) as refused:
-            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), refused.fix, ctx.source))
+            fix = refused.fix or FIX
+            refusals.append(Refusal(ctx.path, op_name(node.target), str(refused), fix, ctx.source))
             values[node] = POISON
     if not refusals:
         _finish(ctx, values, outputs)

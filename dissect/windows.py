@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from dissect.asking import key_of
-from dissect.ledger import Axes, Axis, Factor
+from dissect.ledger import Axes, Axis, Factor, alike
 from dissect.primitives import Primitive, Query, tap
 from dissect.registry import find_windowed, is_broadcast
 from dissect.timing import Window
@@ -271,7 +271,7 @@ def located(ctx: Context, value: Value, out: Axes, like: Value) -> Value:
         parts = axis.factors if size > 1 and not axis.plain else (Factor("S", size),)
         factors += [(dim, factor.kind, factor.size) for factor in parts]
     table = value.tensor.reshape([size for _, _, size in factors])
-    varies = [not torch.equal(table, table.narrow(at, 0, 1).expand_as(table)) for at in range(table.dim())]
+    varies = [not alike(table, table.narrow(at, 0, 1)) for at in range(table.dim())]
     row = [at for at, (_, kind, _) in enumerate(factors) if kind == "T" and varies[at]]
     columns = [at for at, (_, kind, _) in enumerate(factors) if kind == "K" and varies[at]]
     if not row and not columns:

@@ -70,6 +70,19 @@ def set_transformer(net: Any, x: Tensor) -> Tensor:
     return net.fc(on_the_batch(net.seed.weight.unsqueeze(0).repeat(len(x), 1, 1), x, x)).squeeze(1)  # type: ignore[no-any-return]
 
 
+def extracted(net: Any, x: Tensor) -> Tensor:
+    """UniFormerV2's extractor: a token, through a slice of a parameter, asks all tokens of the clip, batch second."""
+    x = net.a(x)
+    n, c, t, h, w = x.shape
+    x = x.permute(0, 2, 3, 4, 1).reshape(n * t, h * w, c).permute(1, 0, 2)
+    y = x.view(h * w, n, t, c).permute(2, 0, 1, 3).flatten(0, 1)
+    token = net.token.weight.unsqueeze(0).repeat(1, n, 1)
+    q, k = (a.view(a.size(0), n, 2, c // 2).permute(1, 2, 0, 3) for a in (token @ net.qkv.weight[:c].T, y))
+    z = ((q @ k.transpose(-2, -1)).softmax(-1) @ k).permute(2, 0, 1, 3).flatten(2)
+    y = (token + z)[0] + x.view(h * w, n, t, c)[0].mean(1)
+    return y
+
+
 def conv() -> nn.Module:
     return nn.Conv3d(3, 4, 3, padding=1)
 
@@ -81,6 +94,9 @@ CODE: dict[str, Callable[[], nn.Module]] = {
     "TPN's head": lambda: Layers(pooled_pictures, a=conv(), fc=nn.Linear(4, 5)),
     "TSM's shift": lambda: Layers(shifted, a=conv()),
     "TSM's shift, in place": lambda: Layers(shifted_in_place, a=conv()),
+    "UniFormerV2": lambda: Layers(
+        extracted, a=nn.Conv3d(3, 16, (1, 3, 3), (1, 3, 3)), token=nn.Linear(16, 1), qkv=nn.Linear(16, 48)
+    ),
     "Set Transformer": lambda: Layers(
         set_transformer,
         q=nn.Linear(3, 4),
@@ -101,7 +117,7 @@ def test_keeps_its_promises(name: str, preset: str) -> None:
     dissect.verify(stream, network, runtime=preset == "exact").check()
     if preset == "exact":
         assert stream.plan.exact, str(stream.plan)
-        assert stream.timing.delay == (0 if name == "Set Transformer" else 1)
+        assert stream.timing.delay == (0 if name in ("Set Transformer", "UniFormerV2") else 1)
 
 
 def test_a_cumulative_pool_where_the_example_has_one_position() -> None:
