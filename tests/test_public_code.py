@@ -79,8 +79,8 @@ def extracted(net: Any, x: Tensor) -> Tensor:
     token = net.token.weight.unsqueeze(0).repeat(1, n, 1)
     q, k = (a.view(a.size(0), n, 2, c // 2).permute(1, 2, 0, 3) for a in (token @ net.qkv.weight[:c].T, y))
     z = ((q @ k.transpose(-2, -1)).softmax(-1) @ k).permute(2, 0, 1, 3).flatten(2)
-    y = (token + z)[0] + x.view(h * w, n, t, c)[0].mean(1)
-    return y
+    out: Tensor = (token + z)[0] + x.view(h * w, n, t, c)[0].mean(1)
+    return out
 
 
 def conv() -> nn.Module:
