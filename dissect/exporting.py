@@ -152,9 +152,7 @@ def to_model(
             program = torch.export.export(
                 flat.eval(), args, dynamic_shapes=(tuple({0: batch} for _ in args),), strict=False
             )
-            exported = torch.onnx.export(
-                program, dynamo=True, input_names=names, output_names=outs, optimize=False, verbose=False
-            )
+            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
             assert exported is not None
             fold_constants(exported.model)
             _say_small(exported.model)
@@ -163,6 +161,8 @@ def to_model(
         raise ExportError(f"the step model does not go to ONNX: {_reason(error)}") from error
     model = exported.model
     _tidy(model)
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), (*names, *outs), strict=True):
+        value.name = name
     _set_apart(model, {*names, *outs})
     _name_batch(model)
     model.metadata_props.update(contract.to_metadata())
