@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def spread(value: int | Sequence[int], dims: int) -> list[int]:
     """ATen's short form of a setting: one number stands for every dimension."""
-    given = [value] if isinstance(value, int) else list(value)
+    given = [value] if isinstance(value, int) else [*value]
     return given * dims if len(given) == 1 else given
 
 
@@ -235,16 +235,13 @@ def convolve_crowd(
 
 def strided(ctx: Context, timing: Any, step: int) -> Any:
     """The timing after a temporal stride: kept as spacing, or, in ``d3d``, removed for good."""
+    ctx.doubt(timing if step > 1 else None)  # the last position that is taken need not be the newest
     spacing = 1 if ctx.preset == "d3d" else timing.stride * step
     return timing.but(stride=spacing, removed=timing.removed * step, spare=(0, -1))
 
 
 def _why(taps: int, kernel: int, step: int, causal: bool) -> str:
-    reasons = []
-    if taps < kernel:
-        reasons.append("dropped taps folded")
-    elif not causal:
-        reasons.append("taps moved into the past")
+    reasons = ["dropped taps folded"] if taps < kernel else [] if causal else ["taps moved into the past"]
     if step > 1:
         reasons.append("temporal stride removed")
     return ", ".join(reasons) or "right padding removed"

@@ -115,6 +115,9 @@ def pool(
             raise Refused("a pool over an axis that merges time with space")
     time = next((at for at, dim in enumerate(spatial) if x.axes[dim].is_time), None)
     inner = [at for at in range(dims) if at != time]
+    for at in inner:
+        if x.shape[channels + at] == ctx.out_shape[channels + at] == 1 and padding[at] == 0 and not divisor:
+            kernel[at] = stride[at] = 1  # of a single entry nothing is made, whatever a ceil_mode looks at behind it
     axes = x.axes.sized((*x.shape[:channels], *ctx.out_shape[channels:]))
 
     def pick(values: Sequence[int]) -> tuple[int, ...]:

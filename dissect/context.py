@@ -133,8 +133,12 @@ class Context(Builder):
 
     def mixes(self, value: Value) -> None:
         """Note that something reads the past positions of ``value``: rows that are exact at the newest alone lose that."""
+        self.doubt(value.clock)
+
+    def doubt(self, clock: Timing | None) -> None:
+        """The same, of a value with that timing."""
         reason = "window of the past, where each frame of the offline network sees the whole clip"
-        for index in value.clock.newest:
+        for index in clock.newest if clock else ():
             self.rows[index] = replace(self.rows[index], verdict="approximate", reason=reason, future=True)
 
     def history(self, value: Value, depth: int) -> fx.Node:

@@ -419,7 +419,9 @@ class _Verifier:
             if output.value.axes.time is None:
                 got.append(leaf.select(dim, (frames - 1) // stride * stride))
             else:
-                got.append(leaf.index_select(dim, torch.arange(0, frames, stride)))
+                first = -(-output.value.clock.new // stride)  # those before have seen no frame of the clip
+                got.append(leaf.index_select(dim, torch.arange(0, frames, stride)[first:]))
+                want = want.narrow(dim, first, want.shape[dim] - first)
             kept.append(want)
         options, future = self.stream.options, [row.path or row.op for row in self.stream.plan if row.future]
         promise = options.pool == "window" and options.window is None and not options.overrides and not future

@@ -119,6 +119,8 @@ def offline(stream: Stream, network: nn.Module, clip: Tensor, lengths: Sequence[
                 continue  # a clip of this length is too short for it
             if not all(leaf.numel() and bool(leaf.isfinite().all()) for leaf in leaves(wanted)):
                 continue
+            if not all(clock.length(frames) > 0 for clock in stream.leaf_timings):
+                continue  # nothing is left of a clip of this length, of which the network makes a sum of 0
             close(streamed(stream, cut, frames=frames), wanted, tolerance, f"a clip of {frames} frames")
             compared += 1
     return compared

@@ -60,9 +60,9 @@ def lowers(stream: dissect.Stream, clip: Tensor) -> None:
 
 
 def volumetric(stream: dissect.Stream) -> bool:
-    """A frame has three dimensions of its own, all above 1: time has ended and was padded to several positions."""
+    """A frame has three dimensions of its own, all above 1: a window of pictures, or time that has ended and was padded."""
     return any(
-        value.axes.window is None and len(value.axes.frame) == 4 and min(value.axes.frame[1:]) > 1
+        len(value.axes.frame) == 4 and min(value.axes.frame[1:]) > 1
         for value in stream.dissected.trace.values()
         if not value.constant
     )
