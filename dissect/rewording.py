@@ -2,6 +2,7 @@
 
 ``x[:, 3:6]`` of frames on channels is frame 1; ``torch.split(x, B)`` of frames behind each other in the batch are the
 frames; a view of ``t`` as ``t // 2, 2`` is a stack of every second frame, and writes at every second frame are one, too.
+Heads behind each other in the batch are a stack of them; the nearest of one frame more is the first frame twice.
 Only what a walk has refused is reworded, and the law is: the graph computes what it computed before.
 """
 

@@ -1,4 +1,4 @@
-"""``x[:, -3:]``, the last three frames: three values of the clip's end, and no stream that begins late.
+"""``x[:, -3:]``, the last three frames, or ``x[:, -1:]``: values of the clip's end, and no stream that begins late.
 
 At the end of a clip both are the same numbers. A clip of another length ends with three frames, too, while a stream whose
 first frames are cropped has as many as the clip has more. Only a few are taken for the end: what a network cuts off
@@ -43,7 +43,7 @@ def trailing(captured: Captured, trace: Mapping[str, Value]) -> Captured | None:
 
 
 def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:
-    """Whether a node is the last few frames, more than one and at most half of the clip's."""
+    """Whether a node is the last few frames, one or more and at most half of the clip's."""
     if node.target is not aten.slice.Tensor:
         return False
     given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
