@@ -245,7 +245,7 @@ def pool_taps(
     extra: dict[str, Any] = {}
     if kind == "max":
         # Before position 0 fresh caches hold zeros; a zero padding of the network's own (fill) counts as a value.
-        open_ends = edges or (not ctx.exact and clock.fill != 0.0)
+        open_ends = edges or (not ctx.exact and (clock.fill != 0.0 or clock.padding == (0, 0)))
         if open_ends and clock.nonneg and ctx.exact:
             y = ctx.gate(y)
         elif open_ends and not clock.nonneg:

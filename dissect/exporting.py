@@ -267,7 +267,8 @@ def _name_batch(model: ir.Model) -> None:
         size = value.shape[0] if value.shape else None
         if isinstance(size, ir.SymbolicDim):
             times, star, _ = str(size.value).partition("*")
-            value.shape[0] = ir.SymbolicDim(f"{times}*batch" if star else "batch")  # type: ignore[index]
+            rest = value.shape.dims[1:]  # type: ignore[union-attr]
+            value.shape = ir.Shape([f"{times}*batch" if star else "batch", *rest])  # as it is, it may be frozen
 
 
 def contract_of(

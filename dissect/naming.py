@@ -39,7 +39,7 @@ def _is_view(node: fx.Node) -> bool:
         return isinstance(source, fx.Node) and _is_view(source) and source.target is not aten.unbind.int
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.select.int:
         return False
-    if node.target is aten.slice.Tensor and 1 in node.meta["val"].shape:
+    if node.target is aten.slice.Tensor and node.meta["val"].shape[node.args[1] if len(node.args) > 1 else 0] == 1:
         return False
     aliases = [argument.alias_info for argument in node.target._schema.arguments]
     return any(alias is not None and not alias.is_write for alias in aliases)
