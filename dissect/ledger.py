@@ -412,6 +412,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 def alike(tensor: torch.Tensor, first: torch.Tensor) -> bool:
     """Whether every part of a tensor is the first, to rounding: a product's rows differ in the last bit for the same input."""
+    tensor, first = tensor.detach(), first.detach()
     if torch.equal(tensor, first.expand_as(tensor)):
         return True
     if not tensor.is_floating_point() or not bool(first.isfinite().all()):
