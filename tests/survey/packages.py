@@ -206,7 +206,6 @@ PACKAGES = {
     "timm efficientnet_b0": timm("efficientnet_b0"),
     "timm convnext_atto": timm("convnext_atto"),
     "timm densenet121": timm("densenet121"),
-    "timm vgg11_bn": timm("vgg11_bn"),
     "smp Unet": segmentation("Unet"),
     "smp FPN": segmentation("FPN"),
     "smp Linknet": segmentation("Linknet"),
