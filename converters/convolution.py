@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def spread(value: int | Sequence[int], dims: int) -> list[int]:
     """ATen's short form of a setting: one number stands for every dimension."""
-    given = [value] if isinstance(value, int) else [*value]
+    given = [value] if isinstance(value, int) else list(value)
     return given * dims if len(given) == 1 else given
 
 

@@ -80,13 +80,14 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
             return main
         return assembled(ctx, main, [Part(x, at) for at in before], [Part(x, size - at, True) for at in behind], dim)
     gaps = [after - at for at, after in itertools.pairwise(chosen)]
+    alone = not convolved(ctx.node)
     if not gaps or min(gaps) < 1:
         raise Refused(
             "frames in another order than that of the clip",
             "choose frames in the clip's order, evenly spaced",
-            clipwise=not convolved(ctx.node),
+            clipwise=alone,
         )
-    if ctx.exact and not convolved(ctx.node):
+    if ctx.exact and alone:
         raise Refused("unevenly spaced frames", clipwise=True)
     step = max(1, round((chosen[-1] - chosen[0]) / len(gaps)))
     first = min(

@@ -255,10 +255,11 @@ def _one_more(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     given: tuple[Any, ...] = node.args
     source, wanted = given[0], [int(size) for size in node.meta["val"].shape]
     axes = _moving(source, trace)
-    if axes is None or node.name in trace or not axes[axes.time or 0].is_time:
+    dim = axes.time if axes is not None else None
+    if axes is None or dim is None or dim < 2 or node.name in trace or not axes[dim].is_time:
         return False
-    dim, shape = axes.time, [*axes.shape]
-    if dim is None or dim < 2 or abs(wanted[dim] - shape[dim]) != 1:
+    shape = [*axes.shape]
+    if abs(wanted[dim] - shape[dim]) != 1:
         return False
     with node.graph.inserting_before(node):
         inside = [*wanted[2:dim], shape[dim], *wanted[dim + 1 :]]

@@ -7,7 +7,6 @@ The law: the graph computes what it computed before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,15 +35,9 @@ def widened(node: fx.Node) -> bool:
         return True
     if node.target not in _REPEATS:
         return False
-    times: Any = node.args[1]
-    return all(count == 1 or size == 1 for count, size in _sized(node, times))
-
-
-def _sized(node: fx.Node, times: Sequence[int]) -> list[tuple[int, int]]:
-    """How often each dimension is repeated, and its size; those that are new have one entry."""
-    shape = [*node.args[0].meta["val"].shape]  # type: ignore[union-attr]
-    shape = [1] * (len(times) - len(shape)) + shape
-    return list(zip([1] * (len(shape) - len(times)) + [*times], shape, strict=True))
+    source, times = node.args[:2]
+    sizes: Any = reversed(source.meta["val"].shape)  # type: ignore[union-attr]
+    return all(1 in pair for pair in zip(sizes, reversed(times), strict=False))  # type: ignore[arg-type]
 
 
 def sunk(captured: Captured) -> Captured:

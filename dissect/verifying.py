@@ -425,10 +425,9 @@ class _Verifier:
                 want = want.narrow(dim, first, want.shape[dim] - first)
             kept.append(want)
         options, future = self.stream.options, [row.path or row.op for row in self.stream.plan if row.future]
-        promise = options.pool == "window" and options.window is None and not options.overrides and not future
-        promise = promise and not any(
-            row.decision.startswith("held until") for row in self.stream.plan
-        )  # of two phases
+        phases = any(row.decision.startswith("held until") for row in self.stream.plan)  # two that meet
+        given = options.pool == "window" and options.window is None and not options.overrides
+        promise = given and not future and not phases
         note = f"offline, every frame sees the whole clip through {', '.join(future[:3])}" if future else ""
         self.compare(pair, what, got, kept, max(self.tolerance, 1e-4) if promise else float("inf"), note)
 
