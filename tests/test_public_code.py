@@ -8,23 +8,11 @@ from typing import Any
 import pytest
 import torch
 from laws import offline
+from test_rewording import Layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dissect
-
-
-class Layers(nn.Module):
-    """Layers, and a function of them and of a clip."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def upsampled_by_one(net: Any, x: Tensor) -> Tensor:
