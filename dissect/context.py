@@ -15,7 +15,7 @@ from dissect.building import Builder
 from dissect.capturing import Captured
 from dissect.holding import FirstHistory, FrontHistory, counted
 from dissect.meeting import ends_met, spread
-from dissect.plan import Branches, Options
+from dissect.plan import Branches, Options, Settings
 from dissect.primitives import Clock, Gate, History, Query, Tap
 from dissect.timing import Front, Timing, joined
 from dissect.values import Refused, Value
@@ -39,6 +39,7 @@ class Context(Builder):
         self.grain = 1
         # products across time of which every position is wanted, not the newest alone
         self.whole: frozenset[str] = frozenset()
+        self.heard: set[tuple[str, str]] = set()  # overrides asked for: path and setting
         self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them
         self._histories: dict[tuple[fx.Node, Front | None], tuple[History, fx.Node]] = {}
@@ -57,9 +58,9 @@ class Context(Builder):
         return self.options.preset == "exact"
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """The overrides for the layer at hand."""
-        return self.options.of(self.path)
+        return Settings(self.options.of(self.path), self.path, self.heard)
 
     # -- time
 
@@ -250,7 +251,8 @@ class Context(Builder):
     def depth(self, kernel: int) -> int:
         """Taps that the preset keeps of a temporal convolution with ``kernel`` taps, unless an override says otherwise."""
         settings = self.settings
-        asked: int | None = 1 if settings.get("skip") == "none" else settings.get("depth")
+        asked: int | None = settings.get("depth")
+        asked = 1 if settings.get("skip") == "none" else asked
         if self.preset == "d3d" and asked is None and not self.in_head:
             assert self.branches is not None
             if self.stem:

@@ -7,14 +7,14 @@ works on the graph alone, where a branch is what lies between a fork and the add
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from dissect.errors import PlanError
 
-__all__ = ["OVERRIDES", "PRESETS", "Options", "Plan", "Row"]
+__all__ = ["OVERRIDES", "PRESETS", "Options", "Plan", "Row", "Settings"]
 
 PRESETS = ("d3d", "causal", "exact")
 POOLS = ("window", "cumulative", "none")
@@ -123,6 +123,38 @@ class Options:
             if fnmatchcase(path, pattern):
                 found.update(changes)
         return found
+
+    def check_heard(self, heard: Collection[tuple[str, str]], paths: Sequence[str]) -> None:
+        """Raise PlanError for an override that changed nothing.
+
+        ``heard`` are pairs of a path and a setting that its layer has asked for, ``paths`` those of layers that touch time.
+        """
+        for pattern, changes in self.overrides.items():
+            fits = [path for path in paths if fnmatchcase(path, pattern)]
+            if not fits:
+                there = ", ".join(dict.fromkeys(path for path in paths if path))
+                raise PlanError(f"override {pattern!r} fits no layer that touches time; these do: {there}")
+            for key in changes:
+                if not any((path, key) in heard for path in fits):
+                    first = list(dict.fromkeys(fits))
+                    there = ", ".join(first[:4]) + ", ..." * (len(first) > 4)
+                    raise PlanError(
+                        f"override {pattern!r}: {key} changes nothing at {there} in the preset {self.preset}; it says of a "
+                        f"layer: {OVERRIDES[key][1]}"
+                    )
+
+
+class Settings(dict[str, Any]):
+    """The overrides for the layer at a path; what is asked of them is noted in ``heard``, set or not."""
+
+    def __init__(self, changes: Mapping[str, Any], path: str, heard: set[tuple[str, str]]) -> None:
+        super().__init__(changes)
+        self.path, self.heard = path, heard
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The setting, or ``default`` where the overrides leave it open."""
+        self.heard.add((self.path, key))
+        return super().get(key, default)
 
 
 def _fits(where: str, settings: Mapping[str, Any], preset: str) -> None:

@@ -197,6 +197,7 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
             name for name, rows in ctx.matrices.items() if ctx.exact and any(ctx.rows[row].future for row in rows)
         ),
         ctx.home,
+        frozenset(ctx.heard),
     )
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree  # the specs that torch.export itself 
 
 from dissect import forms
 from dissect.capturing import capture, copied
-from dissect.errors import NotStreamable, PlanError, Refusal
+from dissect.errors import NotStreamable, Refusal
 from dissect.inputs import Input, Inputs
 from dissect.plan import Options, Plan
 from dissect.rewrite import rewrite
@@ -214,26 +214,13 @@ def _surgery(
             capture(model, args, inputs, (1,)), options, inputs
         )  # a network of one row, or a loop over rows
         dissected = dissected if alone.refusals else alone
-    matched = {
-        pattern
-        for pattern in options.overrides
-        for row in dissected.rows
-        if options.of(row.path) and _fits(row.path, pattern)
-    }
-    if not dissected.refusals and (idle := set(options.overrides) - matched):
-        paths = ", ".join(dict.fromkeys(row.path for row in dissected.rows if row.path))
-        raise PlanError(f"override {sorted(idle)[0]!r} fits no layer that touches time; these do: {paths}")
+    if not dissected.refusals:
+        options.check_heard(dissected.heard, [row.path for row in dissected.rows])
     return dissected, args
 
 
 def _of_rows(refusal: Refusal) -> bool:
     return "batch" in refusal.reason
-
-
-def _fits(path: str, pattern: str) -> bool:
-    from fnmatch import fnmatchcase
-
-    return fnmatchcase(path, pattern)
 
 
 def convert(

@@ -102,6 +102,7 @@ class Dissected:
     grain: int = 1
     doubted: frozenset[str] = frozenset()
     home: str = "temporal"
+    heard: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def time_dims(self) -> tuple[int | None, ...]:

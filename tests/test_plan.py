@@ -157,6 +157,8 @@ def test_nested_branches() -> None:
         ({"overrides": {"b": {"depth": "2"}}}, ["'b'", "depth='2'"]),
         ({"overrides": {"b": {"pool": "all"}}}, ["'b'", "pool='all'"]),
         ({"overrides": {"nothing.*": {"depth": 2}}}, ["nothing.*", "fits no layer", "a, b, c, d"]),
+        ({"overrides": {"[ab]": {"wait": True}}}, ["'[ab]'", "wait changes nothing at a, b", "d3d", "a pool that"]),
+        ({"overrides": {"*": {"window": 3}}}, ["'*'", "window changes nothing at a, b, c, d", "a global pool"]),
     ],
     ids=str,
 )
@@ -164,6 +166,14 @@ def test_an_option_that_makes_no_sense_is_refused_with_what_there_is(given: dict
     with pytest.raises(PlanError) as caught:
         dissect.convert(Residual("plain"), CLIP, **given)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_override_that_one_of_its_layers_hears_is_taken() -> None:
+    model = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.AdaptiveAvgPool3d(1))
+    stream = dissect.convert(model, CLIP, overrides={"*": {"window": 3, "depth": 2}})
+    assert [row.decision for row in stream.plan][1] == "window of 3, mean"
+    with pytest.raises(PlanError, match="wait changes nothing at 1 in the preset causal"):
+        dissect.convert(model, CLIP, preset="causal", overrides={"1": {"wait": True}})
 
 
 def test_later_patterns_win() -> None:
