@@ -16,6 +16,7 @@ from dissect.converters.time_axis import cat_time
 from dissect.ledger import Axes, Axis
 from dissect.meeting import side_by_side
 from dissect.registry import converter, patient
+from dissect.tokens import attended
 
 aten = torch.ops.aten
 
@@ -36,7 +37,9 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     if len(values) == 1:
         return values[0]
     moving = [value for value in values if not value.constant]
-    if any(value.axes[dim].is_time for value in moving):
+    timed = [value for value in moving if value.axes[dim].is_time]
+    joined = any(value.time is None and not silent(value) for value in values if value not in timed)
+    if timed and not (len(timed) == 1 and joined and attended(ctx.node, dim, timed[0].shape[dim])):
         return cat_time(ctx, values, dim)
     if any("N" in value.axes[dim].kinds for value in moving):
         raise Refused("a concatenation along the batch", "keep the batch in a dimension of its own")
@@ -52,11 +55,7 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
         for value in values
     ]
     whole = [value for value in values if not value.constant]
-    zeros = [
-        value
-        for value in values
-        if value.constant and value.tensor is not None and not value.tensor.any() and value.name is None
-    ]
+    zeros = [value for value in values if value.constant and silent(value)]
     if len(whole) == 1 and len(zeros) == len(values) - 1:
         before = sum(value.shape[dim] for value in values[: values.index(whole[0])])
         after = sum(value.shape[dim] for value in values) - before - whole[0].shape[dim]
@@ -77,6 +76,11 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
     return ctx.call(torch.cat, (parts, at + 1), axes, timing.but(nonneg=nonneg, fill=fill), ctx.node.meta["val"].dtype)
 
 
+def silent(value: Value) -> bool:
+    """Zeros that no training reaches."""
+    return value.tensor is not None and not value.tensor.any() and value.name is None
+
+
 def wide(ctx: Context, value: Value, axes: Axes) -> Value:
     """A value under another ledger, whose dimensions of one entry may be wide there."""
     same = Axes(
@@ -93,9 +97,17 @@ def wide(ctx: Context, value: Value, axes: Axes) -> Value:
 
 @converter(aten.stack.default)
 def stack(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
-    from dissect.converters.shape import unsqueeze
+    from dissect.converters.shape import expand, unsqueeze
 
     dim %= len(values[0].shape) + 1
+    first = values[0]
+    if (
+        len(values) > 1
+        and not first.constant
+        and all(value.node is first.node for value in values)
+        and first.time is None
+    ):
+        return expand(ctx, unsqueeze(ctx, first, dim), ctx.out_shape)  # copies, of which one may be at every frame
     return cat(
         ctx, [standing(ctx, value, dim) if value.constant else unsqueeze(ctx, value, dim) for value in values], dim
     )
@@ -112,6 +124,8 @@ def standing(ctx: Context, value: Value, dim: int) -> Value:
 @converter(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 def split(ctx: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     dim %= len(x.axes)
+    if len(ctx.node.meta["val"]) == 1:
+        return (x,)
     if x.axes[dim].is_time:
         return Later(
             [int(val.shape[dim]) for val in ctx.node.meta["val"]],
@@ -119,7 +133,9 @@ def split(ctx: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]
         )  # type: ignore[return-value]
     if not x.axes[dim].plain:
         raise Refused(
-            "splitting an axis that merges time with others" if "T" in x.axes[dim].kinds else "splitting the batch"
+            "splitting the batch"
+            if "T" not in x.axes[dim].kinds
+            else f"splitting an axis that merges time with {'the batch' if 'N' in x.axes[dim].kinds else 'others'}"
         )
     x = ctx.sure(x)
     at = x.axes.kept(dim)

@@ -16,7 +16,7 @@ from dissect.converters.convolution import strided
 from dissect.converters.cropping import slice_time
 from dissect.converters.edges import Part
 from dissect.converters.indexing import slice_
-from dissect.converters.picking import entries
+from dissect.converters.picking import embedding, entries
 from dissect.converters.pointwise import pointwise
 from dissect.converters.shape import broadcasts
 from dissect.converters.time_axis import assembled
@@ -32,6 +32,8 @@ aten = torch.ops.aten
 @converter(aten.index_select.default)
 def index_select(ctx: Context, x: Value, dim: int, index: Value) -> Value:
     dim %= len(x.shape)
+    if x.constant and dim == 0 and len(x.shape) == 2 and not index.constant:
+        return embedding(ctx, x, index)
     if not index.constant or index.tensor is None:
         raise Refused("frames or features chosen by what the clip shows")
     if "N" in x.axes[dim].kinds:
@@ -50,11 +52,13 @@ def index_select(ctx: Context, x: Value, dim: int, index: Value) -> Value:
 @converter(aten.index.Tensor)
 def index(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(dim, value) for dim, value in enumerate(indices) if value is not None]
+    first, value = given[0]
+    if x.constant and len(x.shape) == 2 and (len(given), first) == (1, 0):
+        return embedding(ctx, x, value)
     if not all(value.constant and value.tensor is not None for _, value in given):
         raise Refused(
             "an index that the clip gives", "torch.where for a choice by a mask, torch.gather for one by an index"
         )
-    first, value = given[0]
     tensor = value.tensor
     assert tensor is not None
     if len(given) > 1 or tensor.dim() != 1:
@@ -74,13 +78,15 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
         return slice_time(ctx, x, dim, chosen[0], chosen[0] + 1, 1, left_over=True)
     step = chosen[start + 1] - chosen[start] if stop - start > 1 else 0
     before, behind = chosen[:start], chosen[stop:]
+    gaps, alone = [after - at for at, after in itertools.pairwise(chosen)], not convolved(ctx.node)
+    spread = step > 1 and (size % step > 0 or chosen != list(range(0, size, step)))  # not every frame of a lower rate
+    if ctx.exact and alone and (before or behind or spread) and min(gaps) > 0:  # no padding: frames are left out
+        raise Refused("some frames of the clip", clipwise=True)
     if step > 0 and len(before) + len(behind) < (stop - start if step == 1 else 1):
         main = slice_time(ctx, x, dim, chosen[start], chosen[stop - 1] + 1, step, left_over=True)
         if not before and not behind:
             return main
         return assembled(ctx, main, [Part(x, at) for at in before], [Part(x, size - at, True) for at in behind], dim)
-    gaps = [after - at for at, after in itertools.pairwise(chosen)]
-    alone = not convolved(ctx.node)
     if not gaps or min(gaps) < 1:
         raise Refused(
             "frames in another order than that of the clip",
@@ -181,7 +187,8 @@ def repeat(ctx: Context, x: Value, repeats: Sequence[int]) -> Value:
     wide, inner = [], []
     for axis, count in zip(axes.dims, repeats, strict=True):
         if count == 1 or (
-            axis.plain and not (axis.size == 1 and axes.time is None and count == clock.length(ctx.frames) > 1)
+            axis.plain
+            and (ctx.flat or not (axis.size == 1 and axes.time is None and count == clock.length(ctx.frames) > 1))
         ):
             wide.append(axis if count == 1 else plain_axis(axis.size * count))
             inner += [] if axis.dropped else [count]

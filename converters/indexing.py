@@ -15,7 +15,7 @@ from dissect.converters.cropping import slice_time
 from dissect.converters.edges import Part
 from dissect.converters.time_axis import assembled, chosen
 from dissect.ledger import Axes
-from dissect.meeting import until
+from dissect.meeting import side_by_side, until
 from dissect.primitives import Query
 from dissect.registry import converter, patient
 
@@ -71,8 +71,10 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
         raise Refused(
             "one row of the batch, where each row is a stream of its own", "treat all rows alike, and give it one clip"
         )
+    if not axis.is_time and "N" not in axis.kinds:  # a token of them all
+        return select(ctx, side_by_side(ctx, x, dim), dim, index)
     if not axis.is_time:
-        raise Refused("a selection from an axis that merges batch or time with others")
+        raise Refused("a selection from an axis that merges the batch with others")
     x = ctx.settled(x)
     clock = x.clock
     back = size - 1 - index

@@ -121,7 +121,7 @@ def expand(ctx: Context, x: Value, size: Sequence[int], implicit: bool = False) 
             wide.append(axis)
             if not axis.dropped:
                 repeats.append(-1)
-        elif length == x.clock.length(ctx.frames) and axes.time is None:
+        elif not ctx.flat and length == x.clock.length(ctx.frames) and axes.time is None:
             wide.append(Axis((ledger.Factor("T", length),)))
             axes = Axes(tuple(wide))
             ctx.broadcast_back([x, Value(x.node, axes, x.timing, x.dtype)])

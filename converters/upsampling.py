@@ -73,13 +73,23 @@ def linear(ctx: Context, x: Value, size: Sequence[int] | None, align_corners: bo
     return resample(ctx, x, mode, align_corners, size, scales)
 
 
+def copies(x: Tensor, count: int) -> Tensor:
+    """So many copies of each frame tensor, beside one another in front of its dimensions."""
+    return x.unsqueeze(1).expand(-1, count, *[-1] * (x.dim() - 1))
+
+
 @converter(aten.repeat_interleave.self_int)
 def repeat_interleave(
     ctx: Context, x: Value, repeats: int, dim: int | None = None, *, output_size: int | None = None
 ) -> Value:
-    if dim is None or "N" in x.axes[dim].kinds:
-        raise Refused("repeating the rows of the batch", "repeat over time or space only")
+    if dim is None:
+        raise Refused("repeating the entries of the flattened tensor, the batch with them", "name the dimension")
     dim %= len(x.axes)
+    if dim == 0 and x.axes[0].kinds in ("N", "NT"):  # copies behind each row
+        axes = x.axes.replace(0, Axis((*x.axes[0].factors, Factor("S", repeats))))
+        return ctx.call(copies, (x, repeats), axes, x.clock, x.dtype)
+    if "N" in x.axes[dim].kinds:
+        raise Refused("repeating an axis that merges the batch with others", "repeat over time or space only")
     if x.axes[dim].is_time:
         return in_time(ctx, x, dim, "nearest", None, float(repeats))
     at = x.axes.kept(dim)

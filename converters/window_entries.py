@@ -12,6 +12,7 @@ from torch import Tensor
 from dissect import ledger
 from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes
+from dissect.meeting import side_by_side
 from dissect.registry import windowed
 from dissect.windows import count, picked, windows
 
@@ -41,8 +42,8 @@ def select(ctx: Context, convert: Convert, x: Value, dim: int, index: int) -> Va
     dim %= len(x.axes)
     if "K" not in x.axes[dim].kinds:
         return convert(ctx, x, dim, index)
-    if x.axes[dim].kinds != "K":
-        raise Refused("a selection from an axis that merges time with others")
+    if x.axes[dim].kinds != "K":  # a token of them all
+        return convert(ctx, side_by_side(ctx, x, dim), dim, index)
     at = x.axes.kept(dim)
     assert at is not None
     axes = Axes((*x.axes.dims[:dim], *x.axes.dims[dim + 1 :]))

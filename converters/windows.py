@@ -16,7 +16,9 @@ from dissect import ledger
 from dissect.context import Context, Refused, Value
 from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
+from dissect.meeting import side_by_side
 from dissect.registry import find, windowed
+from dissect.tokens import attended
 from dissect.windows import count, kept, known, located, masked, meet, share, windows
 
 aten = torch.ops.aten
@@ -183,11 +185,13 @@ def expand(ctx: Context, convert: Convert, x: Value, size: Sequence[int], implic
 def beside(ctx: Context, convert: Convert, values: Sequence[Value], dim: int = 0) -> Value:
     """Side by side along another dimension."""
     values = [value for value in values if value.shape != (0,)]
-    rank = len(values[0].shape)
-    if ctx.node.target is aten.cat.default and any(
-        "K" in value.axes[dim % rank].kinds for value in values if not value.constant
-    ):
-        raise Refused("a concatenation along a window of positions", clipwise=True)
+    cat = ctx.node.target is aten.cat.default
+    dim %= len(values[0].shape) + (not cat)
+    along = [value for value in values if cat and not value.constant and "K" in value.axes[dim].kinds]
+    if along:
+        if len(along) > 1 or not attended(ctx.node, dim, along[0].shape[dim]):
+            raise Refused("a concatenation along a window of positions", clipwise=True)
+        values = [side_by_side(ctx, value, dim) for value in values]
     result: Value = convert(ctx, meet(ctx, values, "values beside a window"), dim)
     return replace(result, axes=known(result.axes))
 

@@ -31,6 +31,7 @@ from dissect.masking import chosen
 from dissect.naming import names, renamed, viewed_once
 from dissect.opaque import standing_aside
 from dissect.quiet import quiet
+from dissect.rowcount import counted_alike, counts_rows
 from dissect.simplifying import simplified
 
 __all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
@@ -103,8 +104,29 @@ def capture(
                 except Exception as error:
                     failures.setdefault(size, error)
                     continue
-                return _read(program, size, name)
+                captured = _read(program, size, name)
+                if size == 1 or len(batches) == 1 or not counts_rows((captured.graph, captured.tensors), size):
+                    return captured
+                return _of_one(model, inputs, captured, shim)
     raise CaptureError(_explain(model, failures[batch], example))  # not those of batches that nobody asked for
+
+
+def _of_one(model: nn.Module, inputs: Inputs, captured: Captured, shim: bool) -> Captured:
+    """The capture, or that of one row where numbers of the network follow from how many rows it is given."""
+    for size in (1, 2 if captured.batch != 2 else 3):
+        try:
+            other = _read(_export(model, inputs.rebatched(size), shim), size, captured.name)
+        except Exception:
+            continue
+        if counted_alike((captured.graph, captured.tensors), (other.graph, other.tensors)):
+            return captured
+        if size == 1:
+            return other
+        raise CaptureError(
+            f"{captured.name} computes with how many rows its batch has (`x.size(0)`, `mask.sum()`), and cannot be run on one "
+            "alone, which a stream is: count in each row for itself, as `mask.sum(1)`"
+        )
+    return captured
 
 
 def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.GraphModule:
@@ -158,9 +180,17 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
             program.graph.erase_node(node)
     chosen(program.graph)
+    _typed(program.graph)
     _laid_out(program.graph)
     viewed_once(program.graph)
     return program
+
+
+def _typed(graph: fx.Graph) -> None:
+    """New tensors with their type said: the default type is that of whoever runs the graph."""
+    for node in graph.nodes:
+        if node.target in _MADE and node.kwargs.get("dtype") is None:
+            node.kwargs = {**node.kwargs, "dtype": node.meta["val"].dtype}
 
 
 def _laid_out(graph: fx.Graph) -> None:
@@ -190,6 +220,7 @@ def _results(program: ExportedProgram, values: Any) -> tuple[Any, ...]:
 
 
 def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
+    _known(program.graph, name)
     program = _functional(program)
     signature = program.graph_signature
     tensors: dict[str, tuple[str, Tensor]] = {}
@@ -220,7 +251,33 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
     )
 
 
+def _known(graph: fx.Graph, name: str) -> None:
+    """Raise CaptureError where a size is read from a tensor, which no graph of one step can have."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
+            where = (node.stack_trace or "").strip().splitlines()[-2:]
+            line = f" ({where[0].strip()}: {where[-1].strip()})" if len(where) == 2 else ""
+            raise CaptureError(
+                f"{name} cannot be captured: a size follows from what is read out of a tensor, with .tolist(), .item() or as an "
+                f"index of what is true{line}; compute it from x.shape in Python, as a[:, :, 1 : b.shape[2] + 1]"
+            )
+
+
 _ATEN = torch.ops.aten
+_MADE = {
+    _ATEN.zeros.default,
+    _ATEN.ones.default,
+    _ATEN.full.default,
+    _ATEN.empty.memory_format,
+    _ATEN.eye.default,
+    _ATEN.eye.m,
+    _ATEN.arange.default,
+    _ATEN.arange.start,
+    _ATEN.arange.start_step,
+    _ATEN.linspace.default,
+    _ATEN.scalar_tensor.default,
+}
 _ASSERTIONS = {_ATEN._assert_tensor_metadata.default, _ATEN._assert_async.msg, _ATEN._assert_scalar.default}
 _DROPOUTS = {
     _ATEN.dropout.default: False,

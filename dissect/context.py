@@ -39,6 +39,7 @@ class Context(Builder):
         self.grain = 1
         # products across time of which every position is wanted, not the newest alone
         self.whole: frozenset[str] = frozenset()
+        self.flat = False  # copies as many as there are frames are no frames
         self.heard: set[tuple[str, str]] = set()  # overrides asked for: path and setting
         self.waitable: set[int] = set()  # rows of global pools, which can wait for the whole clip
         self.matrices: dict[str, frozenset[int]] = {}  # such products so far, and the rows that hang on them

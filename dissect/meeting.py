@@ -107,10 +107,11 @@ def side_by_side(ctx: Context, value: Value, dim: int) -> Value:
     """A tensor whose positions stand beside one another among its features, as a window of them."""
     from dissect.windows import window
 
-    if value.constant or "T" not in value.axes[dim].kinds:
+    kinds = "" if value.constant else value.axes[dim].kinds
+    if not {"T", "K"} & set(kinds):
         return value
     ctx.grain = lcm(ctx.grain, ctx.frames)  # of a shorter clip there are fewer
-    held = window(ctx, value, "positions side by side")
+    held = window(ctx, value, "positions side by side") if "T" in kinds else value
     return replace(held, axes=held.axes.replace(dim, plain_axis(held.axes[dim].size)))
 
 

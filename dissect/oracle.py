@@ -463,14 +463,19 @@ _SIZED = {
 }
 
 
+def calls(graph: fx.Graph) -> list[tuple[str, Any]]:
+    """Names and operators of a graph: where they are those of another, a name means the same node in both."""
+    return [(node.name, node.target) for node in graph.nodes if node.op == "call_function"]
+
+
 def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> bool:
     """Whether the network is another one for inputs of this shape.
 
     It has other operators then, or other settings of the same, a slice that ends beyond what there is, constants of another
-    size, or an interpolation to a size that is the same while that of the clip is not.
+    size, or an interpolation to a size, or a slice up to a place, that is the same while that of the clip is not.
     """
 
-    def calls(graph: fx.Graph) -> list[fx.Node]:
+    def called(graph: fx.Graph) -> list[fx.Node]:
         return [node for node in graph.nodes if node.op == "call_function"]
 
     def told(graph: fx.Graph) -> list[Any]:
@@ -482,7 +487,7 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
                 else _settings(node),
                 _cut_short(node),
             )
-            for node in calls(graph)
+            for node in called(graph)
         ]
 
     theirs = original(model, example)
@@ -492,7 +497,8 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
         return True
     if told(theirs.graph) != told(captured.graph):
         return True
-    return any(_stretched(one, other) for one, other in zip(calls(theirs.graph), calls(captured.graph), strict=True))
+    pairs = list(zip(called(theirs.graph), called(captured.graph), strict=True))
+    return any(_stretched(one, other) or _counted_off(one, other) for one, other in pairs)
 
 
 def _stretched(one: fx.Node, other: fx.Node) -> bool:
@@ -504,6 +510,15 @@ def _stretched(one: fx.Node, other: fx.Node) -> bool:
         for node in (one, other)
     )
     return any(a != b and c == d for a, b, c, d in zip(start, first, end, last, strict=True))
+
+
+def _counted_off(one: fx.Node, other: fx.Node) -> bool:
+    """Whether a slice of two captures ends at the same place, counted from the front, of tensors of different lengths."""
+    if one.target is not torch.ops.aten.slice.Tensor or min(len(one.args), len(other.args)) < 4:
+        return False
+    end = one.args[3]
+    sizes = [node.args[0].meta["val"].shape[node.args[1]] for node in (one, other)]  # type: ignore[union-attr]
+    return sizes[0] != sizes[1] and isinstance(end, int) and end == other.args[3] and 0 <= end < max(sizes)
 
 
 def _cut_short(node: fx.Node) -> bool:

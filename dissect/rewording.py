@@ -93,7 +93,9 @@ def _on_batch(node: fx.Node, trace: Mapping[str, Value]) -> bool:
     """Parts of every row behind each other in the batch, as heads are: a stack of them, merged with it."""
     parts: Any = node.args[0]
     ledgers = [_given(part, trace) for part in parts]
-    if (node.args[1] if len(node.args) > 1 else 0) != 0 or not all(axes and axes[0].kinds == "N" for axes in ledgers):
+    if (node.args[1] if len(node.args) > 1 else 0) != 0 or not all(
+        axes and axes[0].kinds in ("N", "NT") for axes in ledgers
+    ):
         return False
     if len({axes.shape for axes in ledgers if axes}) > 1:
         return False
@@ -108,8 +110,8 @@ def _off_batch(node: fx.Node, source: Any, dim: Any, start: int, size: int, trac
     axes = _given(source, trace)
     if (
         axes is None
-        or axes[dim % len(axes)].kinds != "SN"
-        or axes[dim % len(axes)].factors[1].size != size
+        or axes[dim % len(axes)].kinds not in ("SN", "SNT")
+        or axes[dim % len(axes)].size != axes[dim % len(axes)].factors[0].size * size
         or start % size
     ):
         return False

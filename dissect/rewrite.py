@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from dissect import ledger
+from dissect import ledger, rowcount
 from dissect.capturing import Captured
 from dissect.carried import carried
 from dissect.carrying import FILLED, Carrying, recurring
@@ -88,6 +88,10 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
         counted = _walk(ending, options, inputs)
         if len(counted.refusals) <= len(done.refusals):
             work, done = ending, counted
+    flat = bool(done.refusals)
+    if flat:  # copies as many as there are frames need not be of a value at every frame
+        apart = _walk(work, options, inputs, flat=True)
+        done = done if apart.refusals else apart
     if done.refusals:  # a cut that was reworded brings a stride: what is refused now may follow from it
         return replace(done, captured=captured, refusals=tuple(dict.fromkeys([*cuts, *done.refusals])))
     whole: frozenset[str] = frozenset()
@@ -95,7 +99,7 @@ def rewrite(captured: Captured, options: Options, inputs: Inputs) -> Dissected:
     while again.doubted - whole and not again.refusals:
         # More than the newest position is read of what was made of a whole window: perhaps windows all along will do.
         whole |= again.doubted
-        again = _walk(work, options, inputs, whole)
+        again = _walk(work, options, inputs, whole, flat)
     if not again.refusals and all(row.verdict == "exact" for row in again.rows):
         done = again
     return replace(done, captured=captured)
@@ -134,10 +138,13 @@ def _over_time(loop: Loop | Carrying, trace: Mapping[str, Value]) -> bool:
     )
 
 
-def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset[str] = frozenset()) -> Dissected:
-    """One walk over the graph; ``whole`` names products across time that every position of a window asks."""
+def _walk(
+    captured: Captured, options: Options, inputs: Inputs, whole: frozenset[str] = frozenset(), flat: bool = False
+) -> Dissected:
+    """One walk over the graph; ``whole`` names products across time that every position of a window asks, and with
+    ``flat`` copies of a value of the whole clip stand beside one another in the frame, however many they are."""
     ctx = Context(captured, options)
-    ctx.whole = whole
+    ctx.whole, ctx.flat = whole, flat
     active, merges, strided = _merges(captured)
     ctx.branches = Branches(active, merges, strided)
     values: dict[fx.Node, Any] = {}
@@ -158,9 +165,11 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
             ctx.element_size = unit.dtype.itemsize
         if ctx.like is None and unit.timed:
             ctx.like = placeholder
+    # sums that count the positions of a clip
+    counts = {name for name, shape, _ in rowcount.sums(captured.graph) if ctx.frames in shape}
     for node in captured.graph.nodes:
         ctx.node = node
-        if "fixed" in node.meta:
+        if "fixed" in node.meta or node.name in counts:
             ctx.grain = lcm(ctx.grain, ctx.frames)
         if node.op == "placeholder":
             if node.name in captured.tensors:
@@ -170,8 +179,9 @@ def _walk(captured: Captured, options: Options, inputs: Inputs, whole: frozenset
                 )
             continue
         if node.op == "output":
-            flat = node.args[0]
-            outputs = [Output(values[leaf]) if isinstance(leaf, fx.Node) else Output(None, leaf) for leaf in flat]
+            outputs = [
+                Output(values[leaf]) if isinstance(leaf, fx.Node) else Output(None, leaf) for leaf in node.args[0]
+            ]
             continue
         try:
             values[node] = converted(ctx, node, values)
@@ -240,6 +250,9 @@ def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, An
     tensors, tensor_kwargs = map_aggregate(
         (args, kwargs), lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf
     )
+    if node.target is torch.ops.aten.as_strided.default:  # of a tensor as it lies in memory
+        whole = ctx.constant(tensors[0].contiguous())
+        args, tensors = [whole, *args[1:]], [whole.tensor, *tensors[1:]]
     if "device" in kwargs:
         tensor_kwargs = {**tensor_kwargs, "device": torch.device("cpu")}
     with torch.no_grad():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 from dissect.registry import find
 
@@ -55,7 +56,8 @@ def _strangers(program: ExportedProgram) -> set[Any]:
     for node in program.graph.nodes:
         if node.op == "call_function" and not moving.isdisjoint(node.all_input_nodes):
             moving.add(node)
-            if isinstance(node.target, torch._ops.OpOverload) and find(node.target) is None:
+            strange = isinstance(node.target, torch._ops.OpOverload) and find(node.target) is None
+            if strange or (node.target is _IM2COL and _line(*node.args)):
                 found.add(node.target)
     return found
 
@@ -77,7 +79,30 @@ def _distances(x: Tensor, y: Tensor, p: float, mode: int | None = None) -> Tenso
     return each
 
 
-_OWN: dict[Any, Callable[..., Any]] = {torch.ops.aten._cdist_forward.default: _distances}
+def _line(x: Any, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> int | None:
+    """The dimension that patches lie along, of a batch of pictures, where they are one wide in the other."""
+    rank = x.dim() if isinstance(x, Tensor) else x.meta["val"].dim()
+    for at in (0, 1):
+        if rank == 4 and kernel[at] > 1 and (kernel[1 - at], padding[1 - at], stride[1 - at]) == (1, 0, 1):
+            return 2 + at
+    return None
+
+
+def _in_line(x: Tensor, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Any:
+    """``F.unfold`` along one dimension: the tensor, shifted, side by side among the channels; it may be time."""
+    dim = _line(x, kernel, dilation, padding, stride)
+    if dim is None:
+        return NotImplemented
+    taps, gap, pad, step = (given[dim - 2] for given in (kernel, dilation, padding, stride))
+    if pad:
+        x = F.pad(x, [pad, pad] if dim == 3 else [0, 0, pad, pad])
+    start, end = [slice(None)] * dim, [slice(None)] * (3 - dim)
+    shifted = [x[(*start, slice(at * gap, -(taps - 1 - at) * gap or None, step), *end)] for at in range(taps)]
+    return torch.stack(shifted, 2).flatten(3).flatten(1, 2)
+
+
+_IM2COL = torch.ops.aten.im2col.default
+_OWN: dict[Any, Callable[..., Any]] = {torch.ops.aten._cdist_forward.default: _distances, _IM2COL: _in_line}
 
 
 @cache

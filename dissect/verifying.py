@@ -68,6 +68,7 @@ class _Verifier:
         layers = sum("conv" in str(node.target) for node in stream.dissected.captured.graph.nodes)
         self.tolerance = 1e-9 if double else 1e-4 * max(1.0, layers / 50)  # rounding adds up from layer to layer
         self.rows: list[Check] = []
+        self.least: int | None = None  # rows that the original can be run on
 
     def clip(self, batch: int, frames: int, still: bool = False) -> tuple[Any, ...]:
         """Inputs like the example, of another scene: its frames in another order, moved in space, with a little noise.
@@ -260,10 +261,19 @@ class _Verifier:
         ]
 
     def batch(self, model: nn.Module | ExportedProgram) -> int:
-        """Rows for the original: one, but what an exported program was exported with where it takes no other batch."""
+        """Rows for the original: one, but as many as in the example where it takes no other batch."""
         dissected = self.stream.dissected
-        fixed = isinstance(model, ExportedProgram) and dissected.captured.batch == dissected.inputs.batch
-        return dissected.inputs.batch if fixed else 1
+        given = dissected.inputs.batch
+        if isinstance(model, ExportedProgram):
+            return given if dissected.captured.batch == given else 1
+        if given > 1 and self.least is None:
+            try:
+                with evaluating(model), torch.no_grad():
+                    model(*cloned(self.stream.original(*self.clip(1, self.lengths()[0]))))
+                self.least = 1
+            except Exception:
+                self.least = given
+        return self.least or 1
 
     def exact(self, model: nn.Module | ExportedProgram) -> None:
         run = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
@@ -369,12 +379,11 @@ class _Verifier:
 
     def d3d(self, model: nn.Module | ExportedProgram) -> None:
         frames = self.lengths()[0]
-        inputs = self.clip(self.batch(model), frames, still=True)
         pair, what = "original = d3d", "a still scene in steady state, away from the clip's edges"
-        wanted = self.imagined(oracle.Still, model, inputs, pair, what)
+        batch, inputs, wanted = self.imagined(oracle.Still, model, frames, pair, what, still=True)
         if wanted is None:
             return
-        caches: Sequence[Tensor] = self.stream.caches(self.batch(model))
+        caches: Sequence[Tensor] = self.stream.caches(batch)
         steady = self.stream.timing.warmup + 1
         frame = self.stream.frame(inputs, 0)
         out = None
@@ -397,15 +406,14 @@ class _Verifier:
             f"no scene is still to what tells positions of the clip apart: {', '.join(placed[:3])}" if placed else note
         )
         tolerance = max(self.tolerance, 1e-4) if promise else float("inf")
-        usual = self.stream.clip(*self.clip(self.batch(model), frames))  # of a still scene differences are nothing
+        usual = self.stream.clip(*self.clip(batch, frames))  # of a still scene differences are nothing
         self.compare(pair, what, pytree.tree_leaves(out), ends, tolerance, note, usual)
 
     def causal(self, model: nn.Module | ExportedProgram) -> None:
         frames = self.lengths()[0]
-        inputs = self.clip(self.batch(model), frames)
         pair, what = "original, kernels shifted = causal", f"{frames} frames"
         shifted = partial(oracle.Shifted, repeated=self.stream.options.fill == "replicate")
-        wanted = self.imagined(shifted, model, inputs, pair, what)
+        _, inputs, wanted = self.imagined(shifted, model, frames, pair, what)
         if wanted is None:
             return
         out = self.stream.apart(self.stream.clip(*inputs), frames)
@@ -431,17 +439,28 @@ class _Verifier:
         note = f"offline, every frame sees the whole clip through {', '.join(future[:3])}" if future else ""
         self.compare(pair, what, got, kept, max(self.tolerance, 1e-4) if promise else float("inf"), note)
 
-    def imagined(self, kind: Any, model: Any, inputs: tuple[Any, ...], pair: str, what: str) -> Any:
+    def imagined(
+        self, kind: Any, model: Any, frames: int, pair: str, what: str, still: bool = False
+    ) -> tuple[int, tuple[Any, ...], Any]:
+        """Rows, a clip of so many, and what the original gives for it in the manner of ``kind``; None where it cannot.
+
+        The nodes of the original are found by name: where it is another network for one row, more are taken.
+        """
+        captured, inputs = self.stream.dissected.captured, ()
+        batch = least = self.batch(model)
         try:
-            own = self.stream.original(*inputs)
-            module = oracle.original(model, own)
-            values = kind(module, self.stream.dissected.trace).run(*pytree.tree_leaves(own))
+            for batch in dict.fromkeys((least, captured.batch)):
+                inputs = self.clip(batch, frames, still)
+                own = self.stream.original(*inputs)
+                module = oracle.original(model, own)
+                if oracle.calls(module.graph) == oracle.calls(captured.graph):
+                    break
+            return batch, inputs, kind(module, self.stream.dissected.trace).run(*pytree.tree_leaves(own))
         except Exception as error:
             said = (str(error).strip().splitlines() or [""])[0][:120]
             note = f"the original cannot be run that way: {type(error).__name__} {said}".strip()
             self.rows.append(Check(pair, what, None, None, True, note))
-            return None
-        return values
+            return batch, inputs, None
 
     # -- the runtime
 

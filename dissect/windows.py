@@ -268,7 +268,7 @@ def located(ctx: Context, value: Value, out: Axes, like: Value) -> Value:
     pad = len(out) - value.tensor.dim()
     for dim, axis in enumerate(out.dims[pad:]):
         size = value.shape[dim]
-        parts = axis.factors if size > 1 and not axis.plain else (Factor("S", size),)
+        parts = axis.factors if size == axis.size and not axis.plain else (Factor("S", size),)
         factors += [(dim, factor.kind, factor.size) for factor in parts]
     table = value.tensor.reshape([size for _, _, size in factors])
     varies = [not alike(table, table.narrow(at, 0, 1)) for at in range(table.dim())]

@@ -126,3 +126,175 @@ def test_channels_and_time_flattened_behind_moved_edges() -> None:
     stream = dissect.convert(network, torch.randn(1, 4, 20, dtype=torch.float64), "causal", time_dim=2)
     report = dissect.verify(stream, network, runtime=False).check()
     assert any(row.pair.startswith("original") and row.error is not None for row in report.rows)
+
+
+def of_one_row(net: Any, x: Tensor) -> Tensor:
+    """A masked mean, over how many rows there are, in several spellings."""
+    y = net.a(x)
+    mask = torch.ones(x.shape[0], 1, x.shape[2], 1, 1, dtype=x.dtype)
+    y = (y * mask).sum(2) / mask.sum() + y.mean(2) / x.size(0) * torch.tensor(x.size(0))
+    y = y / (x.numel() / x[0].numel()) + torch.ones_like(x[:, 0, 0, 0, 0]).sum()
+    return y.mean((2, 3)) / torch.count_nonzero(torch.ones(x.shape[0], x.shape[2]))
+
+
+def first_frames(net: Any, x: Tensor) -> Tensor:
+    """The frames of a clip up to a number."""
+    return net.a(x)[:, :, :6].mean((2, 3, 4))  # type: ignore[no-any-return]
+
+
+def counted_frames(net: Any, x: Tensor) -> Tensor:
+    """As many frames as a mask has, of a clip like the example."""
+    return ((net.a(x) * torch.ones_like(x)).sum(2) / torch.ones_like(x).sum(2)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def stripes(net: Any, x: Tensor) -> Tensor:
+    """GaitPart's stripes of every picture beside one another on the batch, which frames are on, too."""
+    rows = net.a(x).transpose(1, 2).flatten(0, 1)
+    rows = net.picture(torch.cat(torch.chunk(rows, 2, 2), 0))
+    return torch.cat(torch.chunk(rows, 2, 0), 2).unflatten(0, (x.shape[0], -1)).mean((3, 4))
+
+
+def pieces_of_the_batch(net: Any, x: Tensor) -> Tensor:
+    """ViViT in pieces: a row for each of the batch, of rows that are frames."""
+    rows = net.a(x).transpose(1, 2).flatten(0, 1).mean((2, 3))
+    return net.fc(torch.cat([row[None] for row in rows.chunk(x.shape[0], 0)], 0).mean(1))  # type: ignore[no-any-return]
+
+
+def class_maps(net: Any, x: Tensor) -> Tensor:
+    """Ego-RNN: the weights of each frame's best class."""
+    maps = net.a(x).transpose(1, 2).flatten(0, 1)
+    best = net.fc(maps.mean((2, 3))).sort(1, True)[1][:, 0]
+    both = net.fc.weight[best] + net.fc.weight.index_select(0, best)
+    return (both[:, :, None, None] * maps).sum((1, 2, 3)).view(x.shape[0], -1)  # type: ignore[no-any-return]
+
+
+def first_frame_for_all(net: Any, x: Tensor) -> Tensor:
+    """BigSmall's branch of one frame, stacked as often as there are frames."""
+    y = net.a(x).transpose(1, 2).flatten(0, 1)
+    once = net.picture(x[:, :, 0])
+    return (y + torch.stack([once] * x.shape[2], 1).flatten(0, 1)).view(x.shape[0], -1, *y.shape[1:])  # type: ignore[no-any-return]
+
+
+def windows_of_frames(net: Any, x: Tensor) -> Tensor:
+    """MS-G3D: frames side by side by ``F.unfold``, of joints."""
+    x = net.a(x).flatten(3)[..., :5]
+    sides = F.unfold(x, (3, 1), padding=(1, 0), stride=(2, 1)).view(len(x), x.shape[1], 3, -1, x.shape[3])
+    return sides.transpose(2, 3).flatten(3).mean(3)  # type: ignore[no-any-return]
+
+
+def laid_over(net: Any, x: Tensor) -> Tensor:
+    """ActionFormer's chunks of a mask that lie over each other in memory."""
+    mask = x.new_ones(x.size(0), x.size(2) * 2, 1)
+    chunks = mask.as_strided((x.size(0), x.size(2) - 1, 4, 1), (x.size(2) * 2, 2, 1, 1))
+    return net.a(x).mean((3, 4)) * chunks.mean((1, 2, 3)).view(-1, 1, 1)  # type: ignore[no-any-return]
+
+
+SPELT: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
+    "counts of rows": (of_one_row, True),
+    "the first frames": (first_frames, True),
+    "counts of frames": (counted_frames, True),
+    "stripes on the batch": (stripes, True),
+    "pieces of the batch": (pieces_of_the_batch, True),
+    "weights of a class": (class_maps, True),
+    "one frame stacked": (first_frame_for_all, False),
+    "windows of frames": (windows_of_frames, True),
+    "chunks over each other": (laid_over, True),
+}
+
+
+@pytest.mark.parametrize("name", SPELT)
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+def test_spellings_keep_their_promises(name: str, preset: str) -> None:
+    torch.manual_seed(0)
+    forward, exact = SPELT[name]
+    layers = {"a": nn.Conv3d(3, 3, 3, padding=1), "picture": nn.Conv2d(3, 3, 3, padding=1), "fc": nn.Linear(3, 4)}
+    network = Layers(forward, **layers).double().eval()
+    stream = dissect.convert(network, torch.rand(1, 3, 8, 6, 6, dtype=torch.float64), preset=preset)
+    dissect.verify(stream, network, runtime=preset == "exact").check()
+    if preset == "exact" and exact:
+        assert stream.plan.exact, str(stream.plan)
+        assert offline(stream, network, torch.rand(1, 3, 8, 6, 6, dtype=torch.float64), (8,)) == 1
+
+
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_forward_that_branches_on_one_row(batch: int, preset: str) -> None:
+    """TGM: a squeeze, which takes a batch of one away, is taken back; verify finds the original's layers all the same."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.rand(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.squeeze()
+            if x.shape[0] == 1:
+                y = y.unsqueeze(0)
+            return F.conv2d(F.pad(y, (1, 1)).unsqueeze(1), self.kernel.unsqueeze(1).unsqueeze(1)).flatten(1, 2)
+
+    torch.manual_seed(0)
+    network = Branching().double()
+    stream = dissect.convert(network, torch.rand(batch, 4, 8, 1, 1, dtype=torch.float64), preset=preset)
+    report = dissect.verify(stream, network, runtime=False).check()
+    assert any(row.pair.startswith("original") and row.error is not None for row in report.rows)
+
+
+def test_a_network_that_takes_no_batch_of_one() -> None:
+    """MoCoGAN: what a squeeze leaves of one row has no second dimension."""
+
+    def forward(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = net.a(x).squeeze()
+        return y[:, :1], y[:, 1:]
+
+    torch.manual_seed(0)
+    network = Layers(forward, a=nn.Conv3d(3, 5, (8, 4, 4))).double()
+    stream = dissect.convert(network, torch.rand(2, 3, 8, 4, 4, dtype=torch.float64), "exact")
+    report = dissect.verify(stream, network, runtime=False).check()
+    assert any(row.pair == "original = exact" and row.error is not None for row in report.rows)
+
+
+def test_a_size_that_is_read_from_a_tensor_is_named() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        sizes = torch.tensor(x.shape[-3:]).tolist()
+        return net.a(x)[:, :, 1 : sizes[0] - 1]  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        dissect.CaptureError, match=r"a size follows from what is read out of a tensor.*test_public_code"
+    ):
+        dissect.convert(Layers(forward, a=nn.Conv3d(3, 4, 1)), torch.rand(1, 3, 8, 4, 4))
+
+
+def test_counts_of_rows_that_no_row_can_have() -> None:
+    """A network that counts its rows, and cannot be run on one."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.a(x) / x.size(0) + 0 * x[1:2].mean()  # type: ignore[no-any-return]
+
+    class Two(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] == 1:
+                raise ValueError("two rows at least")
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(dissect.CaptureError, match="how many rows its batch has"):
+        dissect.convert(Two(forward, a=nn.Conv3d(3, 4, 1)), torch.rand(2, 3, 8, 4, 4))
+
+
+def test_new_tensors_keep_the_type_that_they_were_captured_with() -> None:
+    """A network built and captured under another default type, and exported under this one."""
+
+    class State(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv3d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + torch.zeros(4, 1, 1, 1) + torch.eye(6)  # type: ignore[no-any-return]
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = State()
+        stream = dissect.convert(network, torch.rand(1, 3, 8, 6, 6), "exact")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    dissect.verify(stream, network.eval()).check()

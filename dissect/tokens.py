@@ -1,0 +1,55 @@
+"""Tokens: what is joined to the frames to be attended to with them (a class token), and what is a frame at the clip's edge.
+
+Both are a concatenation along time. A frame at the edge has its place in the stream, in front of the first frame; a
+token has none: it stands beside every window of frames that the network sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+__all__ = ["attended"]
+
+aten = torch.ops.aten
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+#: what looks at the neighbours of a position
+_NEIGHBOURS = ("conv", "pool", "lstm", "gru", "rnn", "pad", "roll", "cumsum", "unfold", "upsample", "diff")
+
+
+def attended(node: fx.Node, dim: int, frames: int) -> bool:
+    """Whether all that a concatenation along ``dim`` joins to ``frames`` positions is attended to as one, and no output
+    has positions any more."""
+    size = node.meta["val"].shape[dim]
+    after = reached([node], lambda at: at.users)
+    over = [at for at in after if size in _keys(at)]
+    if not over:
+        return False
+    between = after & reached(over, lambda at: at.all_input_nodes)
+    if any(word in str(at.target) for at in between for word in _NEIGHBOURS):
+        return False
+    output = next(iter(reversed(node.graph.nodes)))
+    return not any({size, frames} & set(at.meta["val"].shape[1:]) for at in output.all_input_nodes if at in after)
+
+
+def _keys(node: fx.Node) -> set[int]:
+    """How many positions an attention weighs."""
+    if node.target in _SOFTMAX:
+        return {node.meta["val"].shape[node.args[1]]}
+    if node.target is aten.scaled_dot_product_attention.default:
+        return {node.args[1].meta["val"].shape[-2]}  # type: ignore[union-attr]
+    return set()
+
+
+def reached(start: Iterable[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes, and all that hang on them."""
+    found: set[fx.Node] = set()
+    queue = list(start)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += beside(node)
+    return found
