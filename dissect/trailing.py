@@ -60,13 +60,21 @@ def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:
 
 
 def convolved(node: fx.Node) -> bool:
-    """Whether a convolution or a pool stands anywhere behind a node."""
+    """Whether a pool, or a convolution of more than points, stands anywhere behind a node."""
     queue, seen = [node], {node}
     while queue:
         for user in queue.pop().users:
-            if any(name in str(user.target) for name in ("conv", "_pool")):
+            if "_pool" in str(user.target) or ("conv" in str(user.target) and not _points(user)):
                 return True
             if user not in seen:
                 seen.add(user)
                 queue.append(user)
     return False
+
+
+def _points(node: fx.Node) -> bool:
+    """A convolution that is a linear layer for each position."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    steps: Any = node.args[3] if len(node.args) > 3 else 1
+    alone = isinstance(weight, fx.Node) and all(size == 1 for size in weight.meta["val"].shape[2:])
+    return alone and all(step == 1 for step in (steps if isinstance(steps, (list, tuple)) else [steps]))
