@@ -62,6 +62,14 @@ def number(ctx: Context, x: Value) -> Value:
     return ctx.call(aten.to.dtype, (x, dtype), x.axes, x.clock, dtype)
 
 
+@converter(aten.max.default, aten.min.default, aten.mean.default, aten.sum.default, aten.prod.default)
+def of_everything(ctx: Context, x: Value, *_: Any, **__: Any) -> Value:
+    raise Refused(
+        "a reduction of the whole tensor, rows of the batch and all",
+        "name the dimensions, as x.amax((1, 2, 3, 4), keepdim=True); a loss is best left out of what the network returns",
+    )
+
+
 @converter(aten.mean.dim)
 def mean(ctx: Context, x: Value, dims: Any, keepdim: bool = False, *, dtype: Any = None) -> Value:
     return reduce(ctx, number(ctx, x), "mean", dims, keepdim)

@@ -253,18 +253,21 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
 
 def _known(graph: fx.Graph, name: str) -> None:
     """Raise CaptureError where a size is read from a tensor, which no graph of one step can have."""
+    if not any(node.target in _READ for node in graph.nodes):
+        return
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
             where = (node.stack_trace or "").strip().splitlines()[-2:]
             line = f" ({where[0].strip()}: {where[-1].strip()})" if len(where) == 2 else ""
             raise CaptureError(
-                f"{name} cannot be captured: a size follows from what is read out of a tensor, with .tolist(), .item() or as an "
-                f"index of what is true{line}; compute it from x.shape in Python, as a[:, :, 1 : b.shape[2] + 1]"
+                f"{name} cannot be captured: a size follows from what is read out of a tensor, with .tolist() or .item(){line}; "
+                "compute it from x.shape in Python, as a[:, :, 1 : b.shape[2] + 1]"
             )
 
 
 _ATEN = torch.ops.aten
+_READ = {_ATEN.item.default, _ATEN._local_scalar_dense.default}
 _MADE = {
     _ATEN.zeros.default,
     _ATEN.ones.default,

@@ -298,3 +298,11 @@ def test_new_tensors_keep_the_type_that_they_were_captured_with() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     dissect.verify(stream, network.eval()).check()
+
+
+@pytest.mark.parametrize("spelling", [torch.max, torch.min, torch.mean, torch.sum])
+def test_a_reduction_of_everything_says_what_to_name(spelling: Callable[[Tensor], Tensor]) -> None:
+    network = Layers(lambda net, x: net.a(x) / spelling(net.a(x)), a=nn.Conv3d(3, 4, 3, padding=1))
+    with pytest.raises(dissect.NotStreamable, match="the whole tensor") as refused:
+        dissect.convert(network, torch.rand(1, 3, 8, 4, 4), "exact")
+    assert all("name the dimensions" in refusal.fix for refusal in refused.value.refusals)
