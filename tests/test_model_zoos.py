@@ -35,7 +35,9 @@ def given(name: str, **options: Any) -> Any:
 def test_converted_verified_and_run(name: str, preset: str) -> None:
     stream = dissect.convert(built(name), given(name), preset=preset)
     report = dissect.verify(stream, built(name)).check()
-    assert any(row.pair.startswith("original") and row.error is not None for row in report.rows)
+    compared = any(row.pair.startswith("original") and row.error is not None for row in report.rows)
+    # kernels cannot be shifted where a value of the whole clip goes back onto every frame
+    assert compared is (preset != "causal" or name not in WAITING)
     assert any("ONNX Runtime" in row.pair for row in report.rows)
     if preset == "exact":
         assert stream.plan.exact or all("wait" in row.reason for row in stream.plan.approximate)

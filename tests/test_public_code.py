@@ -306,3 +306,20 @@ def test_a_reduction_of_everything_says_what_to_name(spelling: Callable[[Tensor]
     with pytest.raises(dissect.NotStreamable, match="the whole tensor") as refused:
         dissect.convert(network, torch.rand(1, 3, 8, 4, 4), "exact")
     assert all("name the dimensions" in refusal.fix for refusal in refused.value.refusals)
+
+
+def test_the_last_frame_before_layers_of_points() -> None:
+    """MoViNet's head: the newest running mean, kept as a volume of one frame for convolutions of points; no frame is awaited."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.a(F.pad(x, (1, 1, 1, 1, 2, 0))).mean((3, 4), keepdim=True)
+        x = torch.cumsum(x, 2) / torch.arange(1, x.shape[2] + 1, dtype=x.dtype)[:, None, None]
+        return net.point(x[:, :, -1:]).flatten(1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    network = Layers(forward, a=nn.Conv3d(3, 4, 3), point=nn.Conv3d(4, 5, 1)).double().eval()
+    stream = dissect.convert(network, torch.rand(1, 3, 8, 6, 6, dtype=torch.float64), "exact")
+    assert stream.plan.exact
+    assert stream.timing.delay == 0
+    dissect.verify(stream, network, runtime=False).check()
+    assert offline(stream, network, torch.rand(1, 3, 12, 6, 6, dtype=torch.float64), (5, 8, 12)) == 3
