@@ -38,7 +38,7 @@ def cat(ctx: Context, values: Sequence[Value], dim: int = 0) -> Value:
         return values[0]
     moving = [value for value in values if not value.constant]
     timed = [value for value in moving if value.axes[dim].is_time]
-    joined = any(value.time is None and not silent(value) for value in values if value not in timed)
+    joined = any(value.time is None and not silent(value) for value in values)
     if timed and not (len(timed) == 1 and joined and attended(ctx.node, dim, timed[0].shape[dim])):
         return cat_time(ctx, values, dim)
     if any("N" in value.axes[dim].kinds for value in moving):

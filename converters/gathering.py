@@ -93,8 +93,6 @@ def frames(ctx: Context, x: Value, dim: int, chosen: list[int]) -> Value:
             "choose frames in the clip's order, evenly spaced",
             clipwise=alone,
         )
-    if ctx.exact and alone:
-        raise Refused("unevenly spaced frames", clipwise=True)
     step = max(1, round((chosen[-1] - chosen[0]) / len(gaps)))
     first = min(
         max(0, round(sum(at - step * index for index, at in enumerate(chosen)) / len(chosen))),

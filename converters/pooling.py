@@ -13,6 +13,7 @@ from dissect.context import Context, Refused, Value
 from dissect.converters.convolution import spread, strided
 from dissect.global_pool import pool_time
 from dissect.ledger import plain_axis
+from dissect.origins import reached
 from dissect.primitives import WindowReduce
 from dissect.registry import converter, patient
 
@@ -207,16 +208,7 @@ patient(
 
 def grows(node: fx.Node) -> bool:
     """Whether its time is made longer again further on, as in a decoder: then its one position is no end of time."""
-    seen, queue = {node}, [node]
-    while queue:
-        for user in queue.pop().users:
-            if user in seen:
-                continue
-            if user.target in _GROWING and longer(user):
-                return True
-            seen.add(user)
-            queue.append(user)
-    return False
+    return any(user.target in _GROWING and longer(user) for user in reached(node.users, lambda at: at.users))
 
 
 def longer(node: fx.Node) -> bool:

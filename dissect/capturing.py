@@ -30,6 +30,7 @@ from dissect.inputs import Inputs
 from dissect.masking import chosen
 from dissect.naming import names, renamed, viewed_once
 from dissect.opaque import standing_aside
+from dissect.origins import source_of
 from dissect.quiet import quiet
 from dissect.rowcount import counted_alike, counts_rows
 from dissect.simplifying import simplified
@@ -105,7 +106,7 @@ def capture(
                     failures.setdefault(size, error)
                     continue
                 captured = _read(program, size, name)
-                if size == 1 or len(batches) == 1 or not counts_rows((captured.graph, captured.tensors), size):
+                if size == 1 or len(batches) == 1 or not counts_rows(captured):
                     return captured
                 return _of_one(model, inputs, captured, shim)
     raise CaptureError(_explain(model, failures[batch], example))  # not those of batches that nobody asked for
@@ -118,7 +119,7 @@ def _of_one(model: nn.Module, inputs: Inputs, captured: Captured, shim: bool) ->
             other = _read(_export(model, inputs.rebatched(size), shim), size, captured.name)
         except Exception:
             continue
-        if counted_alike((captured.graph, captured.tensors), (other.graph, other.tensors)):
+        if counted_alike(captured, other):
             return captured
         if size == 1:
             return other
@@ -258,8 +259,8 @@ def _known(graph: fx.Graph, name: str) -> None:
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
-            where = (node.stack_trace or "").strip().splitlines()[-2:]
-            line = f" ({where[0].strip()}: {where[-1].strip()})" if len(where) == 2 else ""
+            source = source_of(node)
+            line = f" ({source})" if source else ""
             raise CaptureError(
                 f"{name} cannot be captured: a size follows from what is read out of a tensor, with .tolist() or .item(){line}; "
                 "compute it from x.shape in Python, as a[:, :, 1 : b.shape[2] + 1]"

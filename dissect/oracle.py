@@ -465,7 +465,11 @@ _SIZED = {
 
 def calls(graph: fx.Graph) -> list[tuple[str, Any]]:
     """Names and operators of a graph: where they are those of another, a name means the same node in both."""
-    return [(node.name, node.target) for node in graph.nodes if node.op == "call_function"]
+    return [(node.name, node.target) for node in _called(graph)]
+
+
+def _called(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
 
 
 def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> bool:
@@ -474,9 +478,6 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
     It has other operators then, or other settings of the same, a slice that ends beyond what there is, constants of another
     size, or an interpolation to a size, or a slice up to a place, that is the same while that of the clip is not.
     """
-
-    def called(graph: fx.Graph) -> list[fx.Node]:
-        return [node for node in graph.nodes if node.op == "call_function"]
 
     def told(graph: fx.Graph) -> list[Any]:
         return [
@@ -487,7 +488,7 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
                 else _settings(node),
                 _cut_short(node),
             )
-            for node in called(graph)
+            for node in _called(graph)
         ]
 
     theirs = original(model, example)
@@ -497,7 +498,7 @@ def differs(model: nn.Module | Any, example: tuple[Any, ...], captured: Any) -> 
         return True
     if told(theirs.graph) != told(captured.graph):
         return True
-    pairs = list(zip(called(theirs.graph), called(captured.graph), strict=True))
+    pairs = list(zip(_called(theirs.graph), _called(captured.graph), strict=True))
     return any(_stretched(one, other) or _counted_off(one, other) for one, other in pairs)
 
 

@@ -1,17 +1,19 @@
-"""Where a captured node comes from: its operator's name, the user's own line, the path of its module."""
+"""Where a node comes from: its operator's name, the user's own line, the path of its module, all that it hangs on."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from dissect.capturing import Captured
+if TYPE_CHECKING:
+    from dissect.capturing import Captured
 
-__all__ = ["op_name", "path_of", "source_of"]
+__all__ = ["op_name", "path_of", "reached", "source_of"]
 
 
 def op_name(target: Any) -> str:
@@ -39,3 +41,15 @@ def path_of(node: fx.Node, captured: Captured) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
     return re.sub(r"@\d+$", "", paths[-1]) if paths else ""
+
+
+def reached(start: Iterable[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes, and all that are reached from them: by way of their users, or of what they read."""
+    found: set[fx.Node] = set()
+    queue = list(start)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += beside(node)
+    return found

@@ -129,15 +129,15 @@ class Options:
 
         ``heard`` are pairs of a path and a setting that its layer has asked for, ``paths`` those of layers that touch time.
         """
+        paths = list(dict.fromkeys(paths))
         for pattern, changes in self.overrides.items():
             fits = [path for path in paths if fnmatchcase(path, pattern)]
             if not fits:
-                there = ", ".join(dict.fromkeys(path for path in paths if path))
+                there = ", ".join(filter(None, paths))
                 raise PlanError(f"override {pattern!r} fits no layer that touches time; these do: {there}")
             for key in changes:
                 if not any((path, key) in heard for path in fits):
-                    first = list(dict.fromkeys(fits))
-                    there = ", ".join(first[:4]) + ", ..." * (len(first) > 4)
+                    there = ", ".join(fits[:4]) + ", ..." * (len(fits) > 4)
                     raise PlanError(
                         f"override {pattern!r}: {key} changes nothing at {there} in the preset {self.preset}; it says of a "
                         f"layer: {OVERRIDES[key][1]}"

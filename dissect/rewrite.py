@@ -27,7 +27,7 @@ from dissect.errors import DissectError, Refusal
 from dissect.inputs import Inputs
 from dissect.ledger import LedgerError
 from dissect.neighbours import neighbours
-from dissect.origins import op_name, path_of
+from dissect.origins import op_name, path_of, reached
 from dissect.plan import Branches, Options
 from dissect.primitives import Clock, Primitive
 from dissect.registry import find, is_patient
@@ -319,13 +319,7 @@ def _told(ctx: Context, values: Sequence[Value]) -> bool:
     """Whether something that ``values`` are made of asks when the clip ends; what was built and is not read does not count."""
     if ctx.clock is None or not ctx.clock[0].flushes:
         return False
-    queue = [value.node for value in values]
-    seen = {*queue}
-    while queue:
-        more = [node for node in queue.pop().all_input_nodes if node not in seen]
-        seen.update(more)
-        queue += more
-    return ctx.clock[1] in seen
+    return ctx.clock[1] in reached((value.node for value in values), lambda at: at.all_input_nodes)
 
 
 def _account(ctx: Context) -> None:

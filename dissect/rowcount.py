@@ -6,13 +6,16 @@ further capture, which tells whether the number really follows from the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import isclose, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from dissect.capturing import Captured
 
 __all__ = ["counted_alike", "counts_rows", "sums"]
 
@@ -33,22 +36,21 @@ _ARITHMETIC = {
 _MOST = 1e9  # entries of a batch
 _SUMS = {"sum", "count_nonzero", "norm", "linalg_vector_norm", "prod", "std", "var"}
 
-#: a graph, and the tensors that its placeholders stand for
-Network = tuple[fx.Graph, Mapping[str, tuple[str, Tensor]]]
 
-
-def counts_rows(network: Network, rows: int) -> bool:
-    """Whether a number of the network might be a count of its ``rows``, or of all entries that these have."""
-    if any(_follows(number, rows) for _, number in _numbers(network)):
+def counts_rows(captured: Captured) -> bool:
+    """Whether a number of the network might be a count of the capture's rows, or of all entries that these have."""
+    rows = captured.batch
+    if any(_follows(number, rows) for _, number in _numbers(captured)):
         return True
-    return any(rows in shape for _, shape, _ in sums(network[0]))
+    return any(rows in shape for _, shape, _ in sums(captured.graph))
 
 
-def counted_alike(one: Network, other: Network) -> bool:
+def counted_alike(one: Captured, other: Captured) -> bool:
     """Whether two captures, of as many rows as they have, count the same."""
     if dict(_numbers(one)) != dict(_numbers(other)):
         return False
-    return {name: taken for name, _, taken in sums(one[0])} == {name: taken for name, _, taken in sums(other[0])}
+    taken, others = ({name: count for name, _, count in sums(each.graph)} for each in (one, other))
+    return taken == others
 
 
 def _follows(number: float, rows: int) -> bool:
@@ -59,12 +61,11 @@ def _follows(number: float, rows: int) -> bool:
     return any(isclose(count, round(count), rel_tol=1e-12) for count in counts)
 
 
-def _numbers(network: Network) -> Iterator[tuple[tuple[str, int], float]]:
+def _numbers(captured: Captured) -> Iterator[tuple[tuple[str, int], float]]:
     """Each number that the network computes with, by node and place."""
-    graph, tensors = network
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.name in tensors:
-            name, tensor = tensors[node.name]
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.tensors:
+            name, tensor = captured.tensors[node.name]
             if tensor.numel() == 1 and not isinstance(tensor, torch.nn.Parameter) and "lifted" in name:
                 yield (node.name, 0), float(tensor)
         if _packet(node) in _ARITHMETIC:

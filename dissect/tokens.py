@@ -6,10 +6,10 @@ token has none: it stands beside every window of frames that the network sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import fx
+
+from dissect.origins import reached
 
 __all__ = ["attended"]
 
@@ -41,15 +41,3 @@ def _keys(node: fx.Node) -> set[int]:
     if node.target is aten.scaled_dot_product_attention.default:
         return {node.args[1].meta["val"].shape[-2]}  # type: ignore[union-attr]
     return set()
-
-
-def reached(start: Iterable[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """The nodes, and all that hang on them."""
-    found: set[fx.Node] = set()
-    queue = list(start)
-    while queue:
-        node = queue.pop()
-        if node not in found:
-            found.add(node)
-            queue += beside(node)
-    return found

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from dissect.capturing import Captured
+from dissect.origins import reached
 from dissect.unrolling import duplicate
 from dissect.unwrapping import derived
 from dissect.values import Value
@@ -61,15 +62,10 @@ def _few(node: fx.Node, trace: Mapping[str, Value]) -> bool:
 
 def convolved(node: fx.Node) -> bool:
     """Whether a pool, or a convolution of more than points, stands anywhere behind a node."""
-    queue, seen = [node], {node}
-    while queue:
-        for user in queue.pop().users:
-            if "_pool" in str(user.target) or ("conv" in str(user.target) and not _points(user)):
-                return True
-            if user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return False
+    return any(
+        "_pool" in str(user.target) or ("conv" in str(user.target) and not _points(user))
+        for user in reached(node.users, lambda at: at.users)
+    )
 
 
 def _points(node: fx.Node) -> bool:
