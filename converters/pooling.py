@@ -238,10 +238,13 @@ def pool_taps(
     if kind == "max":
         # Before position 0 fresh caches hold zeros; a zero padding of the network's own (fill) counts as a value.
         open_ends = edges or (not ctx.exact and (clock.fill != 0.0 or clock.padding == (0, 0)))
-        if open_ends and clock.nonneg and ctx.exact:
+        hollow = ctx.exact and widen[0] > 0 and ages[-2] - ages[-1] > clock.stride  # no tap need be in a short clip
+        if open_ends and clock.nonneg and ctx.exact and not hollow:
             y = ctx.gate(y)
-        elif open_ends and not clock.nonneg:
+        elif open_ends and (hollow or not clock.nonneg):
             extra["masks"] = tuple(ctx.inside(clock, age) for age in ages)
+        if hollow:
+            extra["here"] = ctx.inside(timing)
         reduce = WindowReduce("max", ages)
     else:
         if edges or not ctx.exact:

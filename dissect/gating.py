@@ -153,7 +153,7 @@ def _settle(
     elif isinstance(layer, WindowReduce):
         masks: Any = reader.kwargs.get("masks", ())
         if all(mask in settled for mask in masks):
-            reader.kwargs = {**reader.kwargs, "masks": ()}
+            reader.kwargs = {**reader.kwargs, "masks": (), "here": None}
 
 
 def _clock(module: fx.GraphModule) -> fx.Node | None:

@@ -373,6 +373,8 @@ class Shifted(_Edges):
         known = [self.trace[node.name] for node in reads if node.name in self.trace]
         out = self.trace.get(n.name)
         past = any(node.name in self.ended for node in n.all_input_nodes)
+        for node in n.all_input_nodes:
+            self.arrive(node, out)
         if past and out is not None and out.time is not None:
             raise Unshiftable("a value of the whole clip is broadcast back onto every frame")
         steady = out is None or out.constant or out.time is not None
@@ -402,6 +404,18 @@ class Shifted(_Edges):
             ):
                 raise Unshiftable("it normalises every frame by the whole clip")
         return super().run_node(n)
+
+    def arrive(self, node: fx.Node, reader: Value | None) -> None:
+        """Where a step waits for a crop no longer, nothing is there until the clip's first frame is."""
+        value = self.trace.get(node.name)
+        if self.repeated or value is None or value.constant or value.time is None or not value.axes[value.time].is_time:
+            return
+        carried = reader.clock.wait if reader is not None and not reader.constant else 0
+        late = -(-value.clock.wait // value.clock.stride)
+        x = self.env[node]
+        if carried < value.clock.wait and isinstance(x, Tensor):
+            gone = torch.arange(x.shape[value.time], device=x.device) < late
+            self.env[node] = x.masked_fill(gone.reshape(-1, *[1] * (x.dim() - 1 - value.time)), 0)
 
     def cut_up(self, n: fx.Node, value: Value, late: int) -> Any:
         """A view of the clip as it was ``late`` positions before."""

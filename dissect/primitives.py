@@ -325,8 +325,9 @@ class Gate(Primitive):
 class WindowReduce(Primitive):
     """Maximum, minimum, sum or mean over the values of the given ages.
 
-    ``masks``, one a tap, say which values count (all, if none is given); ``count`` divides a sum where the
-    divisor follows the stream; ``divisor`` is a constant one.
+    ``masks``, one a tap, say which values count (all, if none is given), and ``here``, whether the window is one of the
+    clip's: then the maximum of nothing is -inf, as torch's is. ``count`` divides a sum where the divisor follows the
+    stream; ``divisor`` is a constant one.
     """
 
     def __init__(self, kind: str, ages: Sequence[int], divisor: float = 1.0) -> None:
@@ -336,7 +337,12 @@ class WindowReduce(Primitive):
         self.divisor = divisor
 
     def forward(
-        self, known: Any, masks: Sequence[Tensor] = (), count: Tensor | None = None, frames: int | None = None
+        self,
+        known: Any,
+        masks: Sequence[Tensor] = (),
+        count: Tensor | None = None,
+        here: Tensor | None = None,
+        frames: int | None = None,
     ) -> Tensor:
         values = [tap(known, age, frames) for age in self.ages]
         if self.kind in ("max", "min"):
@@ -350,9 +356,9 @@ class WindowReduce(Primitive):
                 total = join(total, value)
             if (
                 masks
-            ):  # a window with nothing in it is no position; it must stay finite, for what a gate multiplies by zero
+            ):  # of nothing it must stay finite, for what a gate multiplies by zero, unless there is such a window
                 counted = masks[0]
-                for mask in masks[1:]:
+                for mask in masks[1:] if here is None else (*masks[1:], here):
                     counted = torch.maximum(counted, mask)
                 total = torch.where(lifted(counted, total) > 0, total, torch.zeros_like(out))
             return total

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dissect.converters import pointwise
 from dissect.converters.adaptive import adaptive_space
@@ -119,7 +120,7 @@ class Squeeze:
         """Emit ``node`` squeezed and say what it lost; None where it stays as it is."""
         if not self.concerned(node):
             return None
-        if node.target is torch.reshape:
+        if node.target is torch.reshape or self.still(node):
             drop = self.spare(node)
             value = node.args[0]
             assert isinstance(value, fx.Node)
@@ -155,7 +156,19 @@ class Squeeze:
             return self.adaptive(node)
         if node.target is spaced:
             return self.pooled(node)
+        if node.target is F.pad:
+            return self.padded(node)
         return None
+
+    def still(self, node: fx.Node) -> bool:
+        """A permutation that moves nothing but ones, which is a view."""
+        if node.target is not torch.permute:
+            return False
+        source, order = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(order, (list, tuple))
+        moving = [int(dim) for dim in order if dim == 0 or self.shapes[source][int(dim)] > 1]  # type: ignore[arg-type]
+        return moving[0] == 0 and moving == sorted(moving)
 
     def copied(self, node: fx.Node, drop: Drop) -> Drop:
         """The same operator on squeezed operands; those of a lower rank stand at the end, as they broadcast."""
@@ -298,6 +311,25 @@ class Squeeze:
         if not left or MERGED in drop:
             return None
         self.made[node] = self.graph.call_function(adaptive_space, (self.of(source, drop), kind, lead, left))
+        return drop
+
+    def padded(self, node: fx.Node) -> Drop | None:
+        """A padding with a constant, without dimensions of one position that it leaves alone."""
+        source, widths, *rest = node.args
+        if (
+            not isinstance(source, fx.Node)
+            or not isinstance(widths, (list, tuple))
+            or rest[:1] not in ([], ["constant"])
+        ):
+            return None
+        rank = len(self.shapes[node])
+        pairs = [(0, 0)] * (rank - len(widths) // 2) + list(zip(widths[::2], widths[1::2], strict=True))[::-1]
+        drop = self.spare(node, [dim for dim, pair in enumerate(pairs) if pair != (0, 0)])
+        if MERGED in drop:
+            return None
+        left = [pair for dim, pair in enumerate(pairs) if dim not in drop]
+        flat = [width for pair in left[::-1] for width in pair]
+        self.made[node] = self.graph.call_function(F.pad, (self.of(source, drop), flat, *rest), node.kwargs)
         return drop
 
     def pooled(self, node: fx.Node) -> Drop | None:

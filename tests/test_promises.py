@@ -279,6 +279,17 @@ def test_4_a_dilated_mean_over_strided_positions(preset: str) -> None:
         assert offline(stream, model, CLIP, range(12, 0, -1)) >= 8
 
 
+@pytest.mark.parametrize("positive", [True, False])
+def test_4_a_dilated_maximum_of_padding_alone_is_torchs(positive: bool) -> None:
+    """Of a clip of one frame its two taps see nothing but padding, and torch's maximum of that is -inf."""
+    pool = nn.MaxPool3d((2, 1, 1), 1, (1, 0, 0), (2, 1, 1))
+    model = nn.Sequential(nn.Sigmoid() if positive else nn.Identity(), pool, nn.Sigmoid()).eval()
+    stream = dissect.convert(model, CLIP, preset="exact")
+    law(stream, CLIP)
+    assert offline(stream, model, CLIP, range(12, 0, -1)) == 12
+    assert bool((model(CLIP[:, :, :1]) == 0).all())
+
+
 class Bidirectional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

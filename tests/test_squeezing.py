@@ -30,6 +30,11 @@ class Around(nn.Module):
         return self.run(self, self.before(x))
 
 
+def put_back(x: Tensor) -> Tensor:
+    """Frames through a network of pictures, and a clip of them again."""
+    return x.transpose(1, 2).flatten(0, 1).relu().unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
 CASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gate": lambda net, x: net.wide(x * net.small(x.mean((2, 3, 4), keepdim=True)).sigmoid()),
     "one position, 3x3x3": lambda net, x: net.wide(x.mean(2, keepdim=True)).relu().mean((2, 3, 4)),
@@ -43,6 +48,10 @@ CASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "one position, rows pooled": lambda net, x: F.avg_pool3d(x.mean((2, 4), keepdim=True), (1, 2, 1), 1).square(),
     "one position, divided": lambda net, x: F.avg_pool3d(x.mean(2, keepdim=True), (1, 2, 2), 1, 0, False, True, 3),
     "one position, spread": lambda net, x: F.adaptive_avg_pool3d(x.mean((2, 3, 4), keepdim=True), (3, 1, 1)).square(),
+    "one position, padded": lambda net, x: (
+        F.pad(net.small(x.mean((2, 3, 4), keepdim=True)), (0, 0, 0, 0, 1, 0)).square().amax(4)
+    ),
+    "one position, put back": lambda net, x: torch.cat([y := x.amax(2, keepdim=True), put_back(y)], 1).relu().amax(4),
     "window of maps": lambda net, x: (x * net.small(x.mean((2, 3, 4), keepdim=True)).sigmoid()).mean((2, 3, 4)),
     "window, by rows": lambda net, x: (x - x.mean((2, 4), keepdim=True)).abs().mean((2, 3, 4)),
     "window, kept": lambda net, x: (x - x.mean((2, 3, 4), keepdim=True)).square().mean((2, 3, 4), keepdim=True),

@@ -279,3 +279,22 @@ def test_a_slice_that_a_shorter_clip_cuts_off_is_no_broken_promise(network: nn.M
     clip = torch.randn(1, frames, 4, dtype=torch.float64)
     report = dissect.verify(dissect.convert(network, clip, "exact", time_dim=1), network, runtime=False).check()
     assert any("another network" in (row.note or "") for row in report.rows)
+
+
+class Cropped(nn.Module):
+    """A crop of the clip's end, and what turns a zero into something else before the next kernel."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv3d(3, 4, 1), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)[:, :, :-2].sigmoid())
+
+
+@pytest.mark.parametrize("last", [nn.Conv3d(4, 2, (6, 1, 1), 2), nn.AvgPool3d((6, 1, 1), 2)])
+def test_before_a_crop_there_is_nothing_whatever_is_made_of_it(last: nn.Module) -> None:
+    network = Cropped(last).double().eval()
+    clip = torch.randn(2, 3, 12, 4, 4, dtype=torch.float64)
+    report = dissect.verify(dissect.convert(network, clip, "causal"), network, runtime=False).check()
+    assert any("kernels shifted" in row.pair and row.tolerance is not None and row.tolerance < 1 for row in report.rows)
