@@ -31,7 +31,20 @@ def attended(node: fx.Node, dim: int, frames: int) -> bool:
     if any(word in str(at.target) for at in between for word in _NEIGHBOURS):
         return False
     output = next(iter(reversed(node.graph.nodes)))
-    return not any({size, frames} & set(at.meta["val"].shape[1:]) for at in output.all_input_nodes if at in after)
+    sizes = {size, frames}
+    if output not in reached([node], lambda at: [] if _ends(at, sizes) else at.users):
+        return True  # whatever the sizes of the outputs are: eight classes of eight frames
+    return not any(sizes & set(at.meta["val"].shape[1:]) for at in output.all_input_nodes if at in after)
+
+
+def _ends(node: fx.Node, sizes: set[int]) -> bool:
+    """Whether one position is picked, or made, out of so many."""
+    values = [at.meta.get("val") for at in (*node.all_input_nodes, node)]
+    if len(values) != 2 or not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    before, after = (list(value.shape) for value in values)  # type: ignore[union-attr]
+    gone = [at for at in range(1, len(before)) if before[at] in sizes and before[at] > 1]
+    return any(after in (before[:at] + before[at + 1 :], [*before[:at], 1, *before[at + 1 :]]) for at in gone)
 
 
 def _keys(node: fx.Node) -> set[int]:

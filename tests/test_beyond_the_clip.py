@@ -97,6 +97,16 @@ def test_tokens_stand_beside_every_window(name: str, preset: str) -> None:
     slides(stream, network, torch.rand(1, 3, 3 * FRAMES, 4, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("classes", [FRAMES, 1 + FRAMES])
+def test_as_many_classes_as_frames(classes: int) -> None:
+    torch.manual_seed(0)
+    network = Tokens(*JOINED["a class token, then positions"])
+    network.fc = nn.Linear(WIDTH, classes)
+    stream = converted(network.double().eval())
+    assert stream.plan.exact, str(stream.plan)
+    slides(stream, network, torch.rand(1, 3, 3 * FRAMES, 4, 4, dtype=torch.float64))
+
+
 def test_a_class_token_repeated_for_every_frame() -> None:
     """TimeSformer, divided: its class token is a key in the attention of every frame, and of every place."""
 
