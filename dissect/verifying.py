@@ -2,8 +2,9 @@
 
 The law first: the clip form equals the step form, whatever the chunking, the batch, and with a reset in the middle.
 Then the runtime: the exported file equals the step form. Then the original network, by what the preset promises:
-``exact``, its own output for the whole clip by stream and flush; ``d3d``, a still scene in steady state; ``causal``,
-the original with its kernels shifted. Frames are random, never the example.
+``exact``, its own output for the whole clip by stream and flush, and that for the last frames of a longer stream;
+``d3d``, a still scene in steady state; ``causal``, the original with its kernels shifted. Frames are random, never the
+example.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +321,43 @@ class _Verifier:
                 self.rows[-1] = replace(check, note=first_part(self.stream, inputs, frames, model))
             compared += 1
             if compared == 2:
-                return
+                break
+        if promise and self.rows[-1].ok:
+            self.beyond(run)
+
+    def beyond(self, run: nn.Module) -> None:
+        """A stream longer than the clip: what the whole clip gives one answer for, against the original on the last frames.
+
+        They are equal where nothing before those frames counts any more. Elsewhere the error is told: there, frames stand
+        where the original has its padding.
+        """
+        outputs = [
+            None if out.value is None or out.value.constant else out.value for out in self.stream.dissected.outputs
+        ]
+        ended = [value is not None and value.axes.time is None and value.axes.window is None for value in outputs]
+        if not any(ended):
+            return
+        frames = self.lengths()[0]
+        traced = [value.clock.stride for value in self.stream.dissected.trace.values() if not value.constant]
+        period = lcm(self.stream.dissected.grain, *traced)
+        more = -(-3 // period) * period
+        inputs = self.clip(self.batch(run), frames + more)
+        with evaluating(run):
+            last = self.stream.original(*self.cut(inputs, more, more + frames))
+            wanted = pytree.tree_leaves(self.theirs(run(*cloned(last)), frames))
+        got = pytree.tree_leaves(self.positions(self.stream.offline(*inputs), frames + more))
+        clocks = [value.clock for value, one in zip(outputs, ended, strict=True) if one and value is not None]
+        endless = any(clock.endless for clock in clocks)
+        inside = not endless and all(clock.old <= clock.last(frames) for clock in clocks)
+        note = "every frame so far counts" if endless else f"{self.stream.timing.receptive_field} frames count"
+        self.compare(
+            "original on the last frames = exact",
+            f"the last {frames} frames of {frames + more}",
+            [leaf for leaf, one in zip(got, ended, strict=True) if one],
+            [leaf for leaf, one in zip(wanted, ended, strict=True) if one],
+            self.tolerance if inside else float("inf"),
+            "" if inside else f"{note}, and the original has padding there",
+        )
 
     def resized(self, got: Any, wanted: Any) -> bool:
         """Whether outputs differ in size in a dimension that is neither the batch nor time."""

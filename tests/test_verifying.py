@@ -298,3 +298,39 @@ def test_before_a_crop_there_is_nothing_whatever_is_made_of_it(last: nn.Module) 
     clip = torch.randn(2, 3, 12, 4, 4, dtype=torch.float64)
     report = dissect.verify(dissect.convert(network, clip, "causal"), network, runtime=False).check()
     assert any("kernels shifted" in row.pair and row.tolerance is not None and row.tolerance < 1 for row in report.rows)
+
+
+class Read(nn.Module):
+    """A mean of the whole clip, behind a kernel of three frames that the clip is padded for, or not."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(3, 4, 3, padding=(padding, 1, 1)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().mean((2, 3, 4)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_longer_stream_is_the_original_on_the_last_frames_but_for_its_padding(padding: int) -> None:
+    network = Read(padding).double().eval()
+    clip = torch.randn(1, 3, 6, 5, 5, dtype=torch.float64)
+    report = dissect.verify(dissect.convert(network, clip, "exact"), network, runtime=False).check()
+    (row,) = [row for row in report.rows if row.pair == "original on the last frames = exact"]
+    assert row.error is not None
+    assert row.tolerance is not None
+    if padding:
+        assert row.error > 1e-3
+        assert "8 frames count" in row.note
+    else:
+        assert row.error < 1e-12
+        assert row.tolerance == 1e-9
+
+
+def test_a_longer_stream_that_answers_for_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that lets the newest frame stand for all would be right for a still clip alone."""
+    network = Read(0).double().eval()
+    stream = dissect.convert(network, torch.randn(1, 3, 6, 5, 5, dtype=torch.float64), "exact")
+    offline = stream.offline
+    monkeypatch.setattr(stream, "offline", lambda x: offline(x if x.shape[2] <= 6 else x.roll(1, 2)))
+    assert broken(dissect.verify(stream, network, runtime=False)) == ["original on the last frames = exact"]
