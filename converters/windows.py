@@ -18,7 +18,7 @@ from dissect.converters import pointwise
 from dissect.ledger import Axes, Axis
 from dissect.meeting import side_by_side
 from dissect.registry import find, windowed
-from dissect.tokens import attended
+from dissect.tokens import attended, ended
 from dissect.windows import count, kept, known, located, masked, meet, share, windows
 
 aten = torch.ops.aten
@@ -189,7 +189,8 @@ def beside(ctx: Context, convert: Convert, values: Sequence[Value], dim: int = 0
     dim %= len(values[0].shape) + (not cat)
     along = [value for value in values if cat and not value.constant and "K" in value.axes[dim].kinds]
     if along:
-        if len(along) > 1 or not attended(ctx.node, dim, along[0].shape[dim]):
+        size = along[0].shape[dim]
+        if len(along) > 1 or not (attended(ctx.node, dim, size) or ended(ctx.node, dim, size)):
             raise Refused("a concatenation along a window of positions", clipwise=True)
         values = [side_by_side(ctx, value, dim) for value in values]
     result: Value = convert(ctx, meet(ctx, values, "values beside a window"), dim)

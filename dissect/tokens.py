@@ -11,7 +11,7 @@ from torch import fx
 
 from dissect.origins import reached
 
-__all__ = ["attended"]
+__all__ = ["attended", "ended"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -30,11 +30,22 @@ def attended(node: fx.Node, dim: int, frames: int) -> bool:
     between = after & reached(over, lambda at: at.all_input_nodes)
     if any(word in str(at.target) for at in between for word in _NEIGHBOURS):
         return False
-    output = next(iter(reversed(node.graph.nodes)))
-    sizes = {size, frames}
-    if output not in reached([node], lambda at: [] if _ends(at, sizes) else at.users):
-        return True  # whatever the sizes of the outputs are: eight classes of eight frames
-    return not any(sizes & set(at.meta["val"].shape[1:]) for at in output.all_input_nodes if at in after)
+    if ended(node, dim, frames):  # whatever the sizes of the outputs are: eight classes of eight frames
+        return True
+    output = _output(node)
+    return not any({size, frames} & set(at.meta["val"].shape[1:]) for at in output.all_input_nodes if at in after)
+
+
+def ended(node: fx.Node, dim: int, frames: int) -> bool:
+    """Whether what becomes of a concatenation along ``dim`` with ``frames`` positions is one for all of them before it is an
+    output."""
+    sizes = {int(node.meta["val"].shape[dim]), frames}
+    return _output(node) not in reached([node], lambda at: [] if _ends(at, sizes) else at.users)
+
+
+def _output(node: fx.Node) -> fx.Node:
+    output: fx.Node = next(iter(reversed(node.graph.nodes)))
+    return output
 
 
 def _ends(node: fx.Node, sizes: set[int]) -> bool:

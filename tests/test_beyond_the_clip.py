@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import close, steps
+from laws import close, steps, streamed
 from torch import Tensor, nn
 
 import dissect
@@ -132,6 +132,43 @@ def test_a_class_token_repeated_for_every_frame() -> None:
     stream = converted(network)
     assert stream.plan.exact, str(stream.plan)
     slides(stream, network, torch.rand(1, 3, 3 * FRAMES, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_class_token_read_off_the_first_rows(dropped: bool) -> None:
+    """TimeSformer, as its authors wrote it: ``x[:B, 0]`` of a batch of frames, then blocks over time and over space."""
+
+    class Divided(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = len(x)
+            y = self.patch(x).flatten(3).permute(0, 2, 3, 1).flatten(0, 1)
+            y = with_class(self, y) + self.all[:, :5]
+            y = nn.functional.dropout(y, 0.5, self.training) if dropped else y
+            cls, y = y[:rows, 0].unsqueeze(1), y[:, 1:]
+            y = y.unflatten(0, (rows, FRAMES)).transpose(1, 2).flatten(0, 1) + self.time
+            x = torch.cat((cls, y.reshape(rows, -1, WIDTH)), 1)
+            for _ in range(self.depth):
+                y = x[:, 1:] + self.attended(x[:, 1:].reshape(-1, FRAMES, WIDTH)).reshape(rows, -1, WIDTH)
+                first = x[:, :1].repeat(1, FRAMES, 1).flatten(0, 1).unsqueeze(1)
+                each = y.unflatten(1, (4, FRAMES)).transpose(1, 2).flatten(0, 1)
+                z = self.attended(torch.cat((first, each), 1))
+                mean = z[:, 0].reshape(rows, FRAMES, WIDTH).mean(1, True)
+                rest = z[:, 1:].unflatten(0, (rows, FRAMES)).transpose(1, 2).flatten(1, 2)
+                x = torch.cat((x[:, :1], y), 1) + torch.cat((mean, rest), 1)
+            return self.fc(x[:, 0])  # type: ignore[no-any-return]
+
+        def attended(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    network = Divided(*JOINED["a class token"]).double().eval()
+    stream = converted(network)
+    assert stream.plan.exact, str(stream.plan)
+    assert len(stream.plan) == 1, str(stream.plan)
+    slides(stream, network, torch.rand(1, 3, 3 * FRAMES, 4, 4, dtype=torch.float64))
+    clip = torch.rand(3, 3, FRAMES, 4, 4, dtype=torch.float64)
+    close(streamed(stream, clip, frames=FRAMES), network(clip))
 
 
 class Relations(nn.Module):

@@ -198,7 +198,7 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(dim, dim * 2), nn.GELU(), nn.Linear(dim * 2, dim))
 
 
-@network((1, 3, 4, 16, 16), refused="a slice of the batch")
+@network((1, 3, 4, 16, 16))
 class TimeSformer(nn.Module):
     """Divided attention: over time for each patch, then over space for each frame, with a class token for both."""
 

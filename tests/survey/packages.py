@@ -71,7 +71,7 @@ VIDEO = {"num_labels": 5, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 VIT = {
     "image_size": 16,
     "image_patch_size": 8,
-    "frames": 4,
+    "frames": 8,
     "frame_patch_size": 2,
     "num_classes": 5,
     "heads": 2,
@@ -274,10 +274,10 @@ PACKAGES = {
         "vit-pytorch",
         "vit_pytorch.vivit:ViViT",
         {**VIT, "dim": 16, "spatial_depth": 1, "temporal_depth": 1, "use_flash_attn": False},
-        (1, 3, 4, 16, 16),
+        (1, 3, 8, 16, 16),
     ),
     "vit-pytorch simple ViT 3D": Package(
-        "vit-pytorch", "vit_pytorch.simple_vit_3d:SimpleViT", {**VIT, "dim": 24, "depth": 1}, (1, 3, 4, 16, 16)
+        "vit-pytorch", "vit_pytorch.simple_vit_3d:SimpleViT", {**VIT, "dim": 24, "depth": 1}, (1, 3, 8, 16, 16)
     ),
     "vit-pytorch CCT 3D": Package(
         "vit-pytorch",
