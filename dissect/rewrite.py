@@ -242,7 +242,14 @@ def _convert(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any
         )
     if not is_patient(node.target):
         args, kwargs = map_aggregate((args, kwargs), ctx.sure)
-    return apply(ctx, found, args, kwargs)
+    return map_aggregate(apply(ctx, found, args, kwargs), _of_rows)
+
+
+def _of_rows(value: Any) -> Any:
+    """The value, which has a batch: one of one may be lost in a network that joins what it has along the batch."""
+    if isinstance(value, Value) and not value.constant and "N" not in value.axes.kinds:
+        raise Refused("what comes out of it has no batch any more", "keep the batch in a dimension of its own")
+    return value
 
 
 def _constant(ctx: Context, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -323,3 +323,13 @@ def test_the_last_frame_before_layers_of_points() -> None:
     assert stream.timing.delay == 0
     dissect.verify(stream, network, runtime=False).check()
     assert offline(stream, network, torch.rand(1, 3, 12, 6, 6, dtype=torch.float64), (5, 8, 12)) == 3
+
+
+def test_channels_joined_along_the_batch_are_refused() -> None:
+    """VNet's first layer: the input sixteen times along the batch, added to sixteen channels, and no batch is left."""
+    network = Layers(
+        lambda net, x: net.b(net.a(x) + torch.cat([x] * 4, 0)), a=nn.Conv3d(1, 4, 3, padding=1), b=nn.ReLU()
+    )
+    with pytest.raises(dissect.NotStreamable) as refused:
+        dissect.convert(network, torch.rand(1, 1, 8, 6, 6), "exact")
+    assert all("batch" in refusal.reason and "batch" in refusal.fix for refusal in refused.value.refusals)
