@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from dissect.errors import ExportError
 from dissect.forms import Cache
-from dissect.primitives import Clock, Gate, History, Primitive, WindowReduce
+from dissect.primitives import Clock, Gate, WindowReduce, unforgetting
 from dissect.stepgraph import held, layer_of, put
 
 __all__ = ["shared", "steady"]
@@ -105,12 +105,11 @@ def steady(module: fx.GraphModule, caches: Sequence[Cache]) -> tuple[Cache, ...]
 
     Raises :class:`~dissect.ExportError` where a layer never forgets what it saw during the warm-up.
     """
-    for name, layer in module.named_modules():
-        if isinstance(layer, Primitive) and layer.specs and not isinstance(layer, (History, Clock)):
-            raise ExportError(
-                f"{name}: live=True leaves out what keeps the warm-up from it, and it never forgets; "
-                "export the stream without live=True"
-            )
+    for name in unforgetting(module):
+        raise ExportError(
+            f"{name}: live=True leaves out what keeps the warm-up from it, and it never forgets; "
+            "export the stream without live=True"
+        )
     clock = _clock(module)
     if clock is None:
         return tuple(caches)

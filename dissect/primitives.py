@@ -33,6 +33,7 @@ __all__ = [
     "Query",
     "Tap",
     "WindowReduce",
+    "unforgetting",
 ]
 
 
@@ -100,6 +101,15 @@ class History(Primitive):
 
     def extra_repr(self) -> str:
         return f"frame={self.frame}, depth={self.depth}"
+
+
+def unforgetting(module: nn.Module) -> list[str]:
+    """The layers that never forget what they saw: all that keep something but histories, and the clock."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, Primitive) and layer.specs and not isinstance(layer, (History, Clock))
+    ]
 
 
 class Known:

@@ -27,7 +27,7 @@ from dissect.capturing import evaluating
 from dissect.leaves import cloned, rows, select, stack, tensors, unstack
 from dissect.ledger import rows_first
 from dissect.parting import first_part
-from dissect.primitives import History
+from dissect.primitives import History, unforgetting
 from dissect.reports import Check, Report
 from dissect.stream import Stream, output_time
 
@@ -347,16 +347,22 @@ class _Verifier:
             wanted = pytree.tree_leaves(self.theirs(run(*cloned(last)), frames))
         got = pytree.tree_leaves(self.positions(self.stream.offline(*inputs), frames + more))
         clocks = [value.clock for value, one in zip(outputs, ended, strict=True) if one and value is not None]
-        endless = any(clock.endless for clock in clocks)
-        inside = not endless and all(clock.old <= clock.last(frames) for clock in clocks)
-        note = "every frame so far counts" if endless else f"{self.stream.timing.receptive_field} frames count"
+        note = ""
+        if any(clock.endless for clock in clocks) or unforgetting(self.stream.step):
+            note = "every frame so far counts"
+        elif any(row.decision.startswith("held") for row in self.stream.plan):
+            note = "positions are held from where they were at the stream's beginning"
+        elif any(clock.old > clock.last(frames) for clock in clocks) or any(
+            max(row.padding or (0, 0)) > 0 for row in self.stream.plan
+        ):
+            note = f"{self.stream.timing.receptive_field} frames count, and the original has padding there"
         self.compare(
             "original on the last frames = exact",
             f"the last {frames} frames of {frames + more}",
             [leaf for leaf, one in zip(got, ended, strict=True) if one],
             [leaf for leaf, one in zip(wanted, ended, strict=True) if one],
-            self.tolerance if inside else float("inf"),
-            "" if inside else f"{note}, and the original has padding there",
+            float("inf") if note else self.tolerance,
+            note,
         )
 
     def resized(self, got: Any, wanted: Any) -> bool:
