@@ -102,11 +102,16 @@ def select(ctx: Context, x: Value, dim: int, index: int) -> Value:
     return Value(value.node, out, timing if index else timing.but(pooled=clock.pooled), x.dtype)
 
 
+def sides(rank: int, widths: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """What ``F.pad`` puts in front of each dimension and behind it; its widths begin with the last one."""
+    return {rank - 1 - at: (widths[2 * at], widths[2 * at + 1]) for at in range(len(widths) // 2)}
+
+
 @converter(aten.pad.default)
 def pad(ctx: Context, x: Value, widths: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
     rank = len(x.axes)
     value = value or 0.0
-    pairs = {rank - 1 - at: (widths[2 * at], widths[2 * at + 1]) for at in range(len(widths) // 2)}
+    pairs = sides(rank, widths)
     time = next((dim for dim in pairs if x.axes[dim].is_time and pairs[dim] != (0, 0)), None)
     if any(not x.axes[dim].plain and dim != time for dim in pairs if pairs[dim] != (0, 0)):
         raise Refused("padding an axis that merges batch or time with others")

@@ -239,9 +239,10 @@ def pool_taps(
         # Before position 0 fresh caches hold zeros; a zero padding of the network's own (fill) counts as a value.
         open_ends = edges or (not ctx.exact and (clock.fill != 0.0 or clock.padding == (0, 0)))
         hollow = ctx.exact and widen[0] > 0 and ages[-2] - ages[-1] > clock.stride  # no tap need be in a short clip
-        if open_ends and clock.nonneg and ctx.exact and not hollow:
+        zeros_do = clock.nonneg and not hollow
+        if open_ends and zeros_do and ctx.exact:
             y = ctx.gate(y)
-        elif open_ends and (hollow or not clock.nonneg):
+        elif open_ends and not zeros_do:
             extra["masks"] = tuple(ctx.inside(clock, age) for age in ages)
         if hollow:
             extra["here"] = ctx.inside(timing)

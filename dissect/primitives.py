@@ -364,11 +364,10 @@ class WindowReduce(Primitive):
             total = values[0]
             for value in values[1:]:
                 total = join(total, value)
-            if (
-                masks
-            ):  # of nothing it must stay finite, for what a gate multiplies by zero, unless there is such a window
-                counted = masks[0]
-                for mask in masks[1:] if here is None else (*masks[1:], here):
+            if masks:
+                # Of nothing it must stay finite, for what a gate multiplies by zero, unless there is such a window.
+                counted, *others = masks if here is None else (*masks, here)
+                for mask in others:
                     counted = torch.maximum(counted, mask)
                 total = torch.where(lifted(counted, total) > 0, total, torch.zeros_like(out))
             return total

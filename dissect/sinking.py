@@ -81,12 +81,16 @@ def _picked(node: fx.Node) -> None:
     if dim == 0:
         return
     source: Any = rows.args[0]
+    before = node.prev
     with node.graph.inserting_before(node):
         entry = _entry(node, source, dim, index % int(shape[dim]))
-        if entry is not None:
-            node.target, node.args = aten.expand.default, (entry, [*node.meta["val"].shape])
-            if not rows.users:
-                node.graph.erase_node(rows)
+    if entry is not None:
+        node.target, node.args = aten.expand.default, (entry, [*node.meta["val"].shape])
+        if not rows.users:
+            node.graph.erase_node(rows)
+        return
+    while node.prev is not before:  # the one operand of a sum that is alike
+        node.graph.erase_node(node.prev)
 
 
 def _entry(node: fx.Node, source: Any, dim: int, index: int) -> fx.Node | None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dissect.converters import pointwise
 from dissect.converters.adaptive import adaptive_space
+from dissect.converters.indexing import sides
 from dissect.converters.pooling import spaced
 from dissect.lowering import Affine, LoweredConv
 from dissect.stepgraph import REDUCTIONS
@@ -322,13 +323,11 @@ class Squeeze:
             or rest[:1] not in ([], ["constant"])
         ):
             return None
-        rank = len(self.shapes[node])
-        pairs = [(0, 0)] * (rank - len(widths) // 2) + list(zip(widths[::2], widths[1::2], strict=True))[::-1]
-        drop = self.spare(node, [dim for dim, pair in enumerate(pairs) if pair != (0, 0)])
+        pairs = sides(len(self.shapes[node]), widths)
+        drop = self.spare(node, [dim for dim, pair in pairs.items() if pair != (0, 0)])
         if MERGED in drop:
             return None
-        left = [pair for dim, pair in enumerate(pairs) if dim not in drop]
-        flat = [width for pair in left[::-1] for width in pair]
+        flat = [width for dim, pair in pairs.items() if dim not in drop for width in pair]
         self.made[node] = self.graph.call_function(F.pad, (self.of(source, drop), flat, *rest), node.kwargs)
         return drop
 

@@ -32,20 +32,15 @@ def attended(node: fx.Node, dim: int, frames: int) -> bool:
         return False
     if ended(node, dim, frames):  # whatever the sizes of the outputs are: eight classes of eight frames
         return True
-    output = _output(node)
-    return not any({size, frames} & set(at.meta["val"].shape[1:]) for at in output.all_input_nodes if at in after)
+    outputs = node.graph.output_node()
+    return not any({size, frames} & set(at.meta["val"].shape[1:]) for at in outputs.all_input_nodes if at in after)
 
 
 def ended(node: fx.Node, dim: int, frames: int) -> bool:
     """Whether what becomes of a concatenation along ``dim`` with ``frames`` positions is one for all of them before it is an
     output."""
     sizes = {int(node.meta["val"].shape[dim]), frames}
-    return _output(node) not in reached([node], lambda at: [] if _ends(at, sizes) else at.users)
-
-
-def _output(node: fx.Node) -> fx.Node:
-    output: fx.Node = next(iter(reversed(node.graph.nodes)))
-    return output
+    return node.graph.output_node() not in reached([node], lambda at: [] if _ends(at, sizes) else at.users)
 
 
 def _ends(node: fx.Node, sizes: set[int]) -> bool:

@@ -284,8 +284,7 @@ class _Verifier:
         for frames in self.lengths():
             inputs = self.clip(self.batch(model), frames)
             try:
-                with evaluating(run):
-                    wanted = self.theirs(run(*cloned(self.stream.original(*inputs))), frames)
+                wanted = self.answer(run, inputs, frames)
             except Exception:
                 if frames == self.lengths()[0]:
                     raise
@@ -323,44 +322,47 @@ class _Verifier:
             if compared == 2:
                 break
         if promise and self.rows[-1].ok:
-            self.beyond(run)
+            self.beyond(run, self.batch(model))
 
-    def beyond(self, run: nn.Module) -> None:
+    def answer(self, run: nn.Module, inputs: tuple[Any, ...], frames: int) -> Any:
+        """The original's own result for a clip of so many frames."""
+        with evaluating(run):
+            return self.theirs(run(*cloned(self.stream.original(*inputs))), frames)
+
+    def beyond(self, run: nn.Module, batch: int) -> None:
         """A stream longer than the clip: what the whole clip gives one answer for, against the original on the last frames.
 
         They are equal where nothing before those frames counts any more. Elsewhere the error is told: there, frames stand
         where the original has its padding.
         """
-        outputs = [
-            None if out.value is None or out.value.constant else out.value for out in self.stream.dissected.outputs
-        ]
-        ended = [value is not None and value.axes.time is None and value.axes.window is None for value in outputs]
-        if not any(ended):
+        ended = {
+            at: value.clock
+            for at, value in enumerate(output.value for output in self.stream.dissected.outputs)
+            if value and not value.constant and value.axes.time is None and value.axes.window is None
+        }
+        if not ended:
             return
         frames = self.lengths()[0]
         traced = [value.clock.stride for value in self.stream.dissected.trace.values() if not value.constant]
         period = lcm(self.stream.dissected.grain, *traced)
         more = -(-3 // period) * period
-        inputs = self.clip(self.batch(run), frames + more)
-        with evaluating(run):
-            last = self.stream.original(*self.cut(inputs, more, more + frames))
-            wanted = pytree.tree_leaves(self.theirs(run(*cloned(last)), frames))
+        inputs = self.clip(batch, frames + more)
+        wanted = pytree.tree_leaves(self.answer(run, self.cut(inputs, more, more + frames), frames))
         got = pytree.tree_leaves(self.positions(self.stream.offline(*inputs), frames + more))
-        clocks = [value.clock for value, one in zip(outputs, ended, strict=True) if one and value is not None]
         note = ""
-        if any(clock.endless for clock in clocks) or unforgetting(self.stream.step):
+        if any(clock.endless for clock in ended.values()) or unforgetting(self.stream.step):
             note = "every frame so far counts"
         elif any(row.decision.startswith("held") for row in self.stream.plan):
             note = "positions are held from where they were at the stream's beginning"
-        elif any(clock.old > clock.last(frames) for clock in clocks) or any(
+        elif any(clock.old > clock.last(frames) for clock in ended.values()) or any(
             max(row.padding or (0, 0)) > 0 for row in self.stream.plan
         ):
             note = f"{self.stream.timing.receptive_field} frames count, and the original has padding there"
         self.compare(
             "original on the last frames = exact",
             f"the last {frames} frames of {frames + more}",
-            [leaf for leaf, one in zip(got, ended, strict=True) if one],
-            [leaf for leaf, one in zip(wanted, ended, strict=True) if one],
+            [got[at] for at in ended],
+            [wanted[at] for at in ended],
             float("inf") if note else self.tolerance,
             note,
         )
