@@ -31,8 +31,10 @@ from dissect.masking import chosen
 from dissect.naming import names, renamed, viewed_once
 from dissect.opaque import standing_aside
 from dissect.origins import source_of
+from dissect.precision import unify
 from dissect.quiet import quiet
 from dissect.rowcount import counted_alike, counts_rows
+from dissect.shims import dataclasses_known, legacy, masks_as_given
 from dissect.simplifying import simplified
 
 __all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
@@ -69,7 +71,8 @@ class Captured:
     inputs      the user's input placeholders in flat order, with the example's tensors (or Python values)
     in_spec     pytree of the inputs ``(args, kwargs)``; ``out_spec`` that of the outputs
     batch       the batch size in the graph
-    buffers     every parameter and buffer of the module by original name
+    state       every parameter and buffer of the module by original name
+    narrow      the float type that the network computes a part of itself in, where that is narrower than the clip's
     """
 
     graph: fx.Graph
@@ -80,6 +83,7 @@ class Captured:
     batch: int
     state: Mapping[str, Tensor]
     name: str
+    narrow: torch.dtype | None = None
 
 
 def copied(example: Any) -> tuple[Any, ...]:
@@ -100,8 +104,9 @@ def capture(
     with evaluating(model), standing_aside(model, example):
         for shim in (False, True):
             for size in dict.fromkeys((*batches, batch)):
+                args = example if size == batch else inputs.rebatched(size)
                 try:
-                    program = _export(model, copied(example) if size == batch else inputs.rebatched(size), shim)
+                    program = _known_export(model, args, shim)
                 except Exception as error:
                     failures.setdefault(size, error)
                     continue
@@ -158,12 +163,25 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
     return fx.GraphModule(root, graph)
 
 
+def _known_export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
+    """The export, once more where torch did not know a dataclass that the network returns."""
+    try:
+        return _export(model, copied(args), shim)
+    except Exception as error:
+        if "not a known type" not in str(error):
+            raise
+        with torch.no_grad():
+            if not dataclasses_known(model(*copied(args))):
+                raise
+    return _export(model, copied(args), shim)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
     token = _CAPTURING.set(True)
     try:  # an export that fails is explained once, not in torch's log
-        with quiet(), torch.no_grad(), _masks_as_given(), redirect_stderr(io.StringIO()):
+        with quiet(), torch.no_grad(), masks_as_given(), redirect_stderr(io.StringIO()):
             if shim:
-                with _legacy():
+                with legacy():
                     return torch.export.export(model, args, strict=False)
             return torch.export.export(model, args, strict=False)
     finally:
@@ -246,9 +264,10 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
         )
     output = next(node for node in program.graph.nodes if node.op == "output")
     output.args = (_results(program, output.args[0]),)
+    narrow = unify(program.graph, inputs, tensors)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     return Captured(
-        renamed(program.graph), tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name
+        renamed(program.graph), tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name, narrow
     )
 
 
@@ -335,35 +354,6 @@ def _note(value: Any, contents: dict[int, tuple[Any, list[Any]]]) -> None:
             _note(item, contents)
 
 
-@contextmanager
-def _masks_as_given() -> Iterator[None]:
-    """Torch's own transformers read the values of a mask to see whether it is causal, which no export can follow.
-
-    What they gain is a faster kernel; the mask itself says the same. There is no public switch for it.
-    """
-    module, name = torch.nn.modules.transformer, "_detect_is_causal_mask"
-    detect = getattr(module, name, None)
-    setattr(module, name, lambda mask, is_causal=None, size=None: bool(is_causal))
-    try:
-        yield
-    finally:
-        delattr(module, name) if detect is None else setattr(module, name, detect)
-
-
-@contextmanager
-def _legacy() -> Iterator[None]:
-    """``.data`` reads as ``detach()`` and ``Variable(x)`` as ``x``, for the time of an export."""
-    meta = type(torch.autograd.Variable)
-    data = property(lambda tensor: tensor.detach(), torch._C.TensorBase.data.__set__)  # type: ignore[attr-defined]
-    torch.Tensor.data = data  # type: ignore[assignment]
-    meta.__call__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del torch.Tensor.data
-        del meta.__call__
-
-
 def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> str:
     reason = str(failure).strip() or type(failure).__name__
     text = reason.splitlines()[0][:400].rstrip(".")
@@ -379,6 +369,8 @@ def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> 
             "the network with the module that was scripted, or give the whole network as a file: "
             "torch.jit.trace(network, clip).save('model.pt')"
         )
+    if any(isinstance(held, nn.UninitializedParameter) for held in model.parameters()):
+        return f"{name} cannot be captured: its lazy layers have no weights yet; run it once on a clip, or load its weights"
     if "data-dependent" in reason.lower() or "GuardOnDataDependent" in kind or "Could not guard" in reason:
         lines = re.findall(r'File "([^"]+)", line (\d+), in forward', reason)
         where = f" at {Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from itertools import count
 from math import isclose
 from pathlib import Path
@@ -320,7 +320,7 @@ def contract_of(
         for cache in (stream.cache_list if kept is None else kept)
     )
     indices = iter(range(len(outputs)))
-    positions = [next(indices) if output.moves else None for output in dissected.outputs]
+    positions = [next(indices) if output.moves else _FIXED for output in dissected.outputs]
     structure = _plain(pytree.tree_unflatten(positions, dissected.captured.out_spec))
     preprocess = preprocess if preprocess is not None else stream.preprocess
     timing = stream.timing
@@ -360,12 +360,20 @@ def output_names(stream: Stream) -> list[str]:
     return names
 
 
+#: stands for a result that is the same for every clip, in the structure of the outputs
+_FIXED = object()
+
+
 def _plain(structure: Any) -> Any:
+    """Dicts and lists, whatever the containers are; a dataclass is a dict of the fields that the network fills."""
+    if is_dataclass(structure) and not isinstance(structure, type):
+        filled = {field.name: getattr(structure, field.name, None) for field in fields(structure)}
+        structure = {name: value for name, value in filled.items() if value is not None}
     if isinstance(structure, dict):
         return {str(key): _plain(value) for key, value in structure.items()}
     if isinstance(structure, (list, tuple)):
         return [_plain(value) for value in structure]
-    return structure
+    return None if structure is _FIXED else structure
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -66,9 +66,17 @@ class _Verifier:
         self.generator = torch.Generator().manual_seed(seed)
         self.say = say
         leaf = next((leaf for leaf in stream.caches(1) if leaf.is_floating_point()), None)
-        double = leaf is not None and leaf.dtype == torch.float64
+        own = leaf.dtype if leaf is not None else torch.float32
+        half = 8 * torch.finfo(own).eps if own.itemsize < 4 else 0.0
         layers = sum("conv" in str(node.target) for node in stream.dissected.captured.graph.nodes)
-        self.tolerance = 1e-9 if double else 1e-4 * max(1.0, layers / 50)  # rounding adds up from layer to layer
+        # rounding adds up from layer to layer
+        self.tolerance = 1e-9 if own == torch.float64 else max(half, 1e-4 * max(1.0, layers / 50))
+        self.exported = max(half, 1e-3 if own == torch.float64 else 1e-4)  # of a file, whose numbers are float32
+        narrow = stream.dissected.captured.narrow
+        self.coarse = (
+            f"the original computes a part of itself in {str(narrow).removeprefix('torch.')}" if narrow else ""
+        )
+        self.rounding = max(self.tolerance, 8 * torch.finfo(narrow).eps if narrow else 0.0)  # of the original
         self.rows: list[Check] = []
         self.least: int | None = None  # rows that the original can be run on
 
@@ -299,9 +307,9 @@ class _Verifier:
                 self.rows.append(Check("original = exact", what, None, None, False, note))
                 return
             got = self.positions(out, frames)
-            tolerance = self.tolerance if promise else float("inf")
+            tolerance = self.rounding if promise else float("inf")
             note = (
-                ""
+                self.coarse
                 if promise
                 else "approximate by the plan: " + ", ".join(row.path for row in self.stream.plan.approximate[:3])
             )
@@ -363,8 +371,8 @@ class _Verifier:
             f"the last {frames} frames of {frames + more}",
             [got[at] for at in ended],
             [wanted[at] for at in ended],
-            float("inf") if note else self.tolerance,
-            note,
+            float("inf") if note else self.rounding,
+            note or self.coarse,
         )
 
     def resized(self, got: Any, wanted: Any) -> bool:
@@ -451,9 +459,9 @@ class _Verifier:
         note = (
             f"no scene is still to what tells positions of the clip apart: {', '.join(placed[:3])}" if placed else note
         )
-        tolerance = max(self.tolerance, 1e-4) if promise else float("inf")
+        tolerance = max(self.rounding, 1e-4) if promise else float("inf")
         usual = self.stream.clip(*self.clip(batch, frames))  # of a still scene differences are nothing
-        self.compare(pair, what, pytree.tree_leaves(out), ends, tolerance, note, usual)
+        self.compare(pair, what, pytree.tree_leaves(out), ends, tolerance, note or self.coarse, usual)
 
     def causal(self, model: nn.Module | ExportedProgram) -> None:
         frames = self.lengths()[0]
@@ -483,7 +491,8 @@ class _Verifier:
         given = options.pool == "window" and options.window is None and not options.overrides
         promise = given and not future and not phases
         note = f"offline, every frame sees the whole clip through {', '.join(future[:3])}" if future else ""
-        self.compare(pair, what, got, kept, max(self.tolerance, 1e-4) if promise else float("inf"), note)
+        tolerance = max(self.rounding, 1e-4) if promise else float("inf")
+        self.compare(pair, what, got, kept, tolerance, note or self.coarse)
 
     def imagined(
         self, kind: Any, model: Any, frames: int, pair: str, what: str, still: bool = False
@@ -535,7 +544,7 @@ class _Verifier:
         if runner.period > 1:
             self.drive_native(path)
             return
-        tolerance, timing = 1e-3 if self.tolerance < 1e-4 else 1e-4, self.stream.timing
+        tolerance, timing = self.exported, self.stream.timing
         held = {cache.dtype for cache in runner.caches if cache.role == "cache"}
         tolerance, note = _narrow(held, tolerance)
         clocked = any(cache.spec.role == "age" for cache in self.stream.cache_list)
@@ -614,7 +623,7 @@ class _Verifier:
                 self.rows.append(Check(pair, what, None, None, False, f"{len(got)} outputs, not {len(wanted)}"))
             else:
                 held = {cache.dtype for cache in runner.caches if cache.role == "cache"}
-                tolerance, note = _narrow(held, 1e-3 if self.tolerance < 1e-4 else 1e-4)
+                tolerance, note = _narrow(held, self.exported)
                 self.compare(pair, what, got, wanted, tolerance, note)
 
     def arrays(self, frame: Any) -> list[Any]:

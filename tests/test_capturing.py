@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,6 +190,16 @@ class Broken(nn.Module):
         return x.reshape(7, -1)
 
 
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.LazyConv3d(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
 class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -203,6 +215,7 @@ class Scripted(nn.Module):
     [
         (Scripted(), ["submodule inner is TorchScript", "torch.jit.trace"]),
         (Branching(), ["Branching", "branches on the values", "shapes or options"]),
+        (Lazy(), ["Lazy", "no weights yet", "run it once"]),
         (Counting(), ["seen", "no hidden state"]),
         (Broken(), ["Broken", "shape", "torch.export.export"]),
     ],
@@ -290,3 +303,37 @@ def test_a_mask_that_a_transformer_looks_into() -> None:
     stream = dissect.convert(model, CLIP.double(), preset="exact")
     assert stream.plan.exact
     dissect.verify(stream, model).check()
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+    features: Tensor | None = None
+    loss: Tensor | None = None
+
+
+class ReturnsADataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Scores:
+        x = self.conv(x)
+        return Scores(x.mean((2, 3, 4)), features=x.relu())
+
+
+@pytest.mark.parametrize("preset", ["exact", "d3d"])
+def test_a_dataclass_comes_back_as_one(preset: str, tmp_path: Path) -> None:
+    """torch does not know the class before; a runner, which does not know it either, gives a dict of its fields."""
+    network = ReturnsADataclass().eval()
+    stream = dissect.convert(network, CLIP, preset=preset)
+    dissect.verify(stream, network).check()
+    run = dissect.Runner(stream.export(tmp_path / "scores.onnx"), batch=2)
+    caches = stream.caches(2)
+    for frame in CLIP.unbind(2):
+        out, *caches = stream.step(frame, *caches)
+        given = run.step(frame.numpy())
+    assert isinstance(out, Scores)
+    assert out.loss is None
+    assert set(given) == {"logits", "features"}
+    torch.testing.assert_close(torch.from_numpy(given["logits"]), out.logits, atol=1e-5, rtol=1e-5)

@@ -39,7 +39,7 @@ def test_keeps_its_promises(name: str, preset: str) -> None:
     if preset in network.refused:
         with pytest.raises(dissect.NotStreamable, match=network.refused[preset]) as refused:
             dissect.convert(model, args, preset=preset, **network.options)
-        assert all(refusal.path and refusal.reason and refusal.fix for refusal in refused.value.refusals)
+        assert all(refusal.op and refusal.reason and refusal.fix for refusal in refused.value.refusals)
         return
     stream = dissect.convert(model, args, preset=preset, **network.options)
     dissect.verify(stream, model).check()
@@ -72,9 +72,9 @@ def whole(stream: dissect.Stream, model: torch.nn.Module, args: tuple[object, ..
     generator = torch.Generator().manual_seed(1)
     clip = pytree.tree_map(lambda leaf: torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype), args)
     with torch.no_grad():
-        wanted = model(*pytree.tree_map(torch.clone, clip))
-        dense = stream.dense(*clip)
-        got = streamed(stream, *dense, frames=stream.dissected.inputs.frames)
+        dense, frames = stream.dense(*clip), stream.dissected.inputs.frames
+        wanted = model(*pytree.tree_map(torch.clone, stream.original(*dense)))  # its pathways show the same frames
+        got = streamed(stream, *dense, frames=frames)
         if network.squeezed:  # a batch of one
             wanted = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), wanted)
-        close(got, wanted)
+        close(got, stream.apart(wanted, frames, original=True))

@@ -92,7 +92,7 @@ class NonLocalDot(NonLocal):
     mode = "dot"
 
 
-@network((1, 3, 8, 16, 16), refused="which entries of the one belong to which")
+@network((1, 3, 8, 16, 16))
 class NonLocalConcatenated(NonLocal):
     """Non-local block by concatenation: both operands repeated to a matrix of positions."""
 

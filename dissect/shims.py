@@ -1,0 +1,52 @@
+"""What torch's export cannot follow, put in terms that it can, for the time of a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["dataclasses_known", "legacy", "masks_as_given"]
+
+
+def dataclasses_known(result: Any) -> bool:
+    """Tell torch of the dataclasses in what a network returns, for good; whether there were any that it did not know."""
+    found = False
+    while unknown := {type(leaf) for leaf in pytree.tree_leaves(result) if is_dataclass(leaf)}:
+        for kind in unknown:
+            torch.export.register_dataclass(kind)
+        found = True
+    return found
+
+
+@contextmanager
+def masks_as_given() -> Iterator[None]:
+    """Torch's own transformers read the values of a mask to see whether it is causal, which no export can follow.
+
+    What they gain is a faster kernel; the mask itself says the same. There is no public switch for it.
+    """
+    module, name = torch.nn.modules.transformer, "_detect_is_causal_mask"
+    detect = getattr(module, name, None)
+    setattr(module, name, lambda mask, is_causal=None, size=None: bool(is_causal))
+    try:
+        yield
+    finally:
+        delattr(module, name) if detect is None else setattr(module, name, detect)
+
+
+@contextmanager
+def legacy() -> Iterator[None]:
+    """``.data`` reads as ``detach()`` and ``Variable(x)`` as ``x``, for the time of an export."""
+    meta = type(torch.autograd.Variable)
+    data = property(lambda tensor: tensor.detach(), torch._C.TensorBase.data.__set__)  # type: ignore[attr-defined]
+    torch.Tensor.data = data  # type: ignore[assignment]
+    meta.__call__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
+        del meta.__call__
