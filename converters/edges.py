@@ -37,11 +37,12 @@ def since(y: Value, left: list[Part]) -> int:
     before = len(left) * y.clock.stride
     wraps = start >= max(y.clock.delay, 0) + (positions(y.axes) or 0) * y.clock.stride - before
     if wraps and others(y, left):
-        raise Refused(*_TWO)
+        raise Refused(*_TWO, clipwise=True)
     if wraps:
         raise Refused(
             "a concatenation that puts the end of the clip in front of its beginning: the first frame would wait for the last",
             "shift with zeros, or with the first frame",
+            clipwise=any(drawn(part, y) for part in left),
         )
     return start
 
@@ -73,11 +74,21 @@ def others(main: Value, parts: Sequence[Part]) -> int:
     )
 
 
+def drawn(part: Part, main: Value) -> bool:
+    """An entry of what was made of more frames than the main part's positions are, not a position that was selected."""
+    if part.axis is None or part.value.constant:
+        return False
+    return part.value.clock.old - part.value.clock.new > main.clock.old - main.clock.new
+
+
 def apart(main: Value, parts: Sequence[Part], size: int) -> None:
-    """Refuse to leave out of a concatenation the levels of a pyramid: half as long as the main part, and at another rate."""
+    """Refuse to leave out of a concatenation the levels of a pyramid: half as long as the main part, and at another rate;
+    and what was drawn from the whole clip."""
+    if any(drawn(part, main) for part in parts):
+        raise Refused(*_TWO, clipwise=True)
     rates = {part.value.clock.removed * part.value.clock.stride for part in parts if not part.value.constant}
     if 2 * others(main, parts) >= size and rates != {main.clock.removed * main.clock.stride}:
-        raise Refused(*_TWO)
+        raise Refused(*_TWO, clipwise=True)
 
 
 _TWO = (
@@ -108,5 +119,5 @@ def offset(ctx: Context, part: Part, clock: Timing, at: int) -> int | None:
     pairs = zip(reversed(lateness(clock, ctx.frames)), reversed(lateness(own, ctx.frames)), strict=False)
     gaps = {end - other for end, other in pairs}
     if len(gaps) != 1:
-        raise Refused("a concatenation along time of parts whose lengths do not go together")
+        raise Refused("a concatenation along time of parts whose lengths do not go together", clipwise=True)
     return gaps.pop() + at * clock.stride + (part.index - 1) * own.stride

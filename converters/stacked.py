@@ -36,7 +36,10 @@ def stacked_conv(ctx: Context, x: Value, weight: Value, bias: Value | None, sett
             "a convolution of frames that are stacked on channels with others",
             "convolve every frame by itself, or all together",
         )
-    if settings["groups"] != 1:  # each group sees some of the frames: all of them are features of the newest
+    positions = factors[at].size
+    if positions == 1 and ctx.frames == 1:
+        raise Refused("a convolution over the channels of a clip of one frame", "give the example more frames")
+    if settings["groups"] != 1 or positions == 1:  # each group sees some of the frames: all are features of the newest
         x = side_by_side(ctx, ctx.sure(x), 1)
         axes = x.axes.replace(1, plain_axis(1)).sized((x.shape[0], *ctx.out_shape[1:]))
         return build(ctx, FrameConv, x, x, weight, bias, axes, x.clock.plain(), settings)
@@ -44,7 +47,6 @@ def stacked_conv(ctx: Context, x: Value, weight: Value, bias: Value | None, sett
     for index, factor in enumerate(factors):
         before *= factor.size if index < at else 1
         after *= factor.size if index > at else 1
-    positions = factors[at].size
     x = ctx.settled(ctx.sure(x))
     if x.axes[1].dropped:  # a frame is one channel, which its frame tensor has to have
         x = ctx.reframe(x, x.axes.replace(1, Axis((*factors, Factor("S", 1)))))
@@ -68,6 +70,4 @@ def stacked_conv(ctx: Context, x: Value, weight: Value, bias: Value | None, sett
     def kind(weight: Tensor | None, bias: Tensor | None, **given: Any) -> StackedConv:
         return StackedConv(weight, bias, before=before, after=after, **given)
 
-    if positions == 1:
-        raise Refused("a convolution over the channels of a clip of one frame", "give the example more frames")
     return build(ctx, kind, x, known, weight, bias, axes, timing, {**settings, "ages": ages})

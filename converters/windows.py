@@ -190,7 +190,8 @@ def beside(ctx: Context, convert: Convert, values: Sequence[Value], dim: int = 0
     along = [value for value in values if cat and not value.constant and "K" in value.axes[dim].kinds]
     if along:
         size = along[0].shape[dim]
-        if len(along) > 1 or not (attended(ctx.node, dim, size) or ended(ctx.node, dim, size)):
+        many = sum(not value.constant for value in values) > 1
+        if not (many or attended(ctx.node, dim, size) or ended(ctx.node, dim, size)):
             raise Refused("a concatenation along a window of positions", clipwise=True)
         values = [side_by_side(ctx, value, dim) for value in values]
     result: Value = convert(ctx, meet(ctx, values, "values beside a window"), dim)

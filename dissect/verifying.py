@@ -68,10 +68,11 @@ class _Verifier:
         leaf = next((leaf for leaf in stream.caches(1) if leaf.is_floating_point()), None)
         own = leaf.dtype if leaf is not None else torch.float32
         half = 8 * torch.finfo(own).eps if own.itemsize < 4 else 0.0
-        layers = sum("conv" in str(node.target) for node in stream.dissected.captured.graph.nodes)
+        graph = stream.dissected.captured.graph
+        layers = sum(node.op == "call_function" and "conv" in str(node.target) for node in graph.nodes)
         # rounding adds up from layer to layer
-        self.tolerance = 1e-9 if own == torch.float64 else max(half, 1e-4 * max(1.0, layers / 50))
-        self.exported = max(half, 1e-3 if own == torch.float64 else 1e-4)  # of a file, whose numbers are float32
+        self.tolerance = 1e-9 if own == torch.float64 else max(half, 1e-4 * max(1.0, layers / 20))
+        self.exported = 1e-3 if own == torch.float64 else self.tolerance  # of a file, whose numbers are float32
         narrow = stream.dissected.captured.narrow
         self.coarse = (
             f"the original computes a part of itself in {str(narrow).removeprefix('torch.')}" if narrow else ""

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import offline
+import torch.nn.functional as F
+from laws import close, offline, streamed
+from random_networks import scrambled
 from torch import Tensor, nn
 
 import dissect
+
+PRESETS = pytest.mark.parametrize("preset", ["d3d", "causal", "exact"])
 
 
 def numbers(x: Tensor) -> Tensor:
@@ -80,3 +84,26 @@ def test_frames_as_channels(preset: str) -> None:
     stream = dissect.convert(network, x, preset, time_dim=1)
     dissect.verify(stream, network).check()
     assert preset != "exact" or stream.timing.delay == 6
+
+
+class Swapped(nn.Module):
+    """A kernel as long as the clip, then channels as the depth of a volume with one channel (SSRN, of hyperspectral bands)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bands, self.volume, self.fc = nn.Conv3d(3, 6, (8, 1, 1)), nn.Conv3d(1, 4, (6, 3, 3)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bands(x)).permute(0, 2, 1, 3, 4)
+        return self.fc(F.relu(self.volume(x)).mean((2, 3, 4)))
+
+
+@PRESETS
+def test_channels_as_the_depth_of_a_volume(preset: str) -> None:
+    model = scrambled(Swapped(), 0)
+    clip = torch.rand(1, 3, 8, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stream = dissect.convert(model, clip, preset=preset)
+    dissect.verify(stream, model, runtime=preset == "exact").check()
+    if preset == "exact":
+        assert stream.plan.exact
+        close(streamed(stream, clip, frames=8), model(clip))

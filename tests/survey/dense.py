@@ -227,7 +227,7 @@ class TASED(nn.Module):
         return z.view(z.size(0), z.size(3), z.size(4))
 
 
-@network((1, 3, 16, 32, 32), refused="both go on with the stream")
+@network((1, 3, 16, 32, 32))
 class ViNet(nn.Module):
     """ViNet: skips of an encoder concatenated along *time* in the decoder, a kernel as long as what is left."""
 
