@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from contextvars import ContextVar
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree  # the specs that torch.export itself hands out
 
 from dissect.errors import CaptureError
@@ -369,6 +371,11 @@ def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> 
             "the network with the module that was scripted, or give the whole network as a file: "
             "torch.jit.trace(network, clip).save('model.pt')"
         )
+    if _packed(failure):
+        return (
+            f"{name} cannot be captured: it packs its frames by their lengths (pack_padded_sequence), and a stream has no length; "
+            "leave the packing out: for clips of one length it changes nothing"
+        )
     if any(isinstance(held, nn.UninitializedParameter) for held in model.parameters()):
         return f"{name} cannot be captured: its lazy layers have no weights yet; run it once on a clip, or load its weights"
     if "data-dependent" in reason.lower() or "GuardOnDataDependent" in kind or "Could not guard" in reason:
@@ -382,3 +389,13 @@ def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> 
         f"{name} cannot be captured with an example of {shapes}: {kind}: {text}; if the example is right, run "
         "`torch.export.export(model, (clip,), strict=False)` to see the whole of torch's report"
     )
+
+
+def _packed(failure: Exception) -> bool:
+    """Whether it happened to a packed sequence."""
+    for frame, _ in traceback.walk_tb(failure.__traceback__):
+        if frame.f_code.co_filename == rnn.__file__ or any(
+            isinstance(value, rnn.PackedSequence) for value in frame.f_locals.values()
+        ):
+            return True
+    return False

@@ -200,6 +200,18 @@ class Lazy(nn.Module):
         return y
 
 
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((3, 4)).transpose(1, 2)
+        packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * x.shape[0], batch_first=True)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        return out[:, -1]
+
+
 class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -216,6 +228,7 @@ class Scripted(nn.Module):
         (Scripted(), ["submodule inner is TorchScript", "torch.jit.trace"]),
         (Branching(), ["Branching", "branches on the values", "shapes or options"]),
         (Lazy(), ["Lazy", "no weights yet", "run it once"]),
+        (Packed(), ["Packed", "pack_padded_sequence", "leave the packing out"]),
         (Counting(), ["seen", "no hidden state"]),
         (Broken(), ["Broken", "shape", "torch.export.export"]),
     ],
