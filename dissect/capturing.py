@@ -14,7 +14,7 @@ import io
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,8 @@ def capture(
                 if size == 1 or len(batches) == 1 or not counts_rows(captured):
                     return captured
                 return _of_one(model, inputs, captured, shim)
-    raise CaptureError(_explain(model, failures[batch], example))  # not those of batches that nobody asked for
+    failure = failures[batch]  # not those of batches that nobody asked for
+    raise failure if isinstance(failure, CaptureError) else CaptureError(_explain(model, failure, example))
 
 
 def _of_one(model: nn.Module, inputs: Inputs, captured: Captured, shim: bool) -> Captured:
@@ -181,11 +182,11 @@ def _known_export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> Export
 def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
     token = _CAPTURING.set(True)
     try:  # an export that fails is explained once, not in torch's log
-        with quiet(), torch.no_grad(), masks_as_given(), redirect_stderr(io.StringIO()):
-            if shim:
-                with legacy():
-                    return torch.export.export(model, args, strict=False)
-            return torch.export.export(model, args, strict=False)
+        shims = legacy() if shim else nullcontext()
+        with quiet(), torch.no_grad(), masks_as_given(), redirect_stderr(io.StringIO()), shims:
+            program = torch.export.export(model, args, strict=False)
+        _known(program.graph, type(model).__name__)
+        return program
     finally:
         _CAPTURING.reset(token)
 
@@ -241,7 +242,6 @@ def _results(program: ExportedProgram, values: Any) -> tuple[Any, ...]:
 
 
 def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
-    _known(program.graph, name)
     program = _functional(program)
     signature = program.graph_signature
     tensors: dict[str, tuple[str, Tensor]] = {}

@@ -8,6 +8,8 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
+from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 __all__ = ["dataclasses_known", "legacy", "masks_as_given"]
@@ -40,13 +42,22 @@ def masks_as_given() -> Iterator[None]:
 
 @contextmanager
 def legacy() -> Iterator[None]:
-    """``.data`` reads as ``detach()`` and ``Variable(x)`` as ``x``, for the time of an export."""
+    """``.data`` reads as ``detach()``, ``Variable(x)`` as ``x``, and sizes in a tensor (``torch.tensor(x.shape)``) as sizes.
+
+    torch's export computes with constants as it meets them, but with those of one entry only.
+    """
     meta = type(torch.autograd.Variable)
     data = property(lambda tensor: tensor.detach(), torch._C.TensorBase.data.__set__)  # type: ignore[attr-defined]
     torch.Tensor.data = data  # type: ignore[assignment]
     meta.__call__ = lambda cls, data=None, *args, **kwargs: data  # type: ignore[method-assign]
+    modules: tuple[Any, ...] = (fake_tensor, proxy_tensor)
+    limits = [(module, module.CONSTANT_NUMEL_LIMIT) for module in modules if hasattr(module, "CONSTANT_NUMEL_LIMIT")]
+    for module, _ in limits:
+        module.CONSTANT_NUMEL_LIMIT = 64
     try:
         yield
     finally:
+        for module, limit in limits:
+            module.CONSTANT_NUMEL_LIMIT = limit
         del torch.Tensor.data
         del meta.__call__

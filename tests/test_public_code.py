@@ -253,13 +253,38 @@ def test_a_network_that_takes_no_batch_of_one() -> None:
     assert any(row.pair == "original = exact" and row.error is not None for row in report.rows)
 
 
-def test_a_size_that_is_read_from_a_tensor_is_named() -> None:
+def cropped(net: Any, x: Tensor) -> Tensor:
+    """The skip connections of fepegar's U-Net: sizes as tensors, their difference halved, a padding of negative widths."""
+    y = net.a(x)
+    crop = torch.tensor(x.shape)[2:] - torch.tensor(y.shape)[2:]
+    half = (crop / 2).int()
+    pad = -torch.stack((half, half)).t().flatten()
+    return torch.cat((F.pad(x, pad.flip(0).tolist()), y), dim=1)
+
+
+def picked_size(net: Any, x: Tensor) -> Tensor:
+    sizes = torch.tensor(x.shape[-3:]).tolist()
+    return net.a(x)[:, :, 1 : sizes[0] - 1, : torch.as_tensor(x.shape).prod().item()]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
+@pytest.mark.parametrize("forward", [cropped, picked_size])
+def test_sizes_in_a_tensor_are_sizes(forward: Any, preset: str) -> None:
+    torch.manual_seed(0)
+    network = Layers(forward, a=nn.Conv3d(3, 4, 3)).double()
+    stream = dissect.convert(network, torch.rand(1, 3, 8, 7, 7, dtype=torch.float64), preset)
+    dissect.verify(stream, network, runtime=False).check()
+    assert stream.plan.exact is (preset == "exact")
+
+
+def test_a_size_that_follows_from_the_clip_is_named() -> None:
+    """How many, and it is told where; a size of its own for each clip, no step can have."""
+
     def forward(net: Any, x: Tensor) -> Tensor:
-        sizes = torch.tensor(x.shape[-3:]).tolist()
-        return net.a(x)[:, :, 1 : sizes[0] - 1]  # type: ignore[no-any-return]
+        return net.a(x)[:, :, : 1 + int(x.argmax().item() % 3)]  # type: ignore[no-any-return]
 
     with pytest.raises(
-        dissect.CaptureError, match=r"a size follows from what is read out of a tensor.*test_public_code"
+        dissect.CaptureError, match=r"a size follows from what is read out of a tensor.*test_public_code|branches on"
     ):
         dissect.convert(Layers(forward, a=nn.Conv3d(3, 4, 1)), torch.rand(1, 3, 8, 4, 4))
 
