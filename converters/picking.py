@@ -1,7 +1,7 @@
 """Entries of a frame picked, or written, by what the clip shows: gathers, scatters, tables, buckets, diagonals.
 
-The operands' dimensions must be each other's; the dimension that is picked from lies inside the frame. Over time an
-index would name frames of the clip that a stream has forgotten, or has not seen yet.
+The operands' dimensions must be each other's; the dimension that is picked from lies inside the frame, or is a window of
+the clip's positions. Written over time, an index would name frames that a stream has forgotten, or has not seen yet.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dissect.context import Context, Refused, Value
 from dissect.converters.sorting import inside
 from dissect.ledger import Axes, plain_axis
+from dissect.meeting import side_by_side
 from dissect.registry import converter
 from dissect.timing import Timing
 
@@ -35,7 +36,7 @@ def matched(ctx: Context, values: Sequence[Value], dim: int) -> tuple[list[Value
         if len(value.shape) != len(like.shape) or any(
             axis.size != value.shape[at] or (not value.constant and axes[at] != axis)
             for at, axis in enumerate(like.axes.dims)
-            if not axis.plain
+            if not axis.plain or not (value.constant or axes[at].plain)
         ):
             raise Refused("entries picked or written for some frames or rows only", "give an index for every frame")
     return [wide(ctx, value, like) if value.constant else value for value in values], at, timing
@@ -82,6 +83,9 @@ def entries(ctx: Context, x: Value, first: int, given: Sequence[tuple[int, Tenso
 
 @converter(aten.gather.default)
 def gather(ctx: Context, x: Value, dim: int, index: Value, *, sparse_grad: bool = False) -> Value:
+    """Over time, from the window of all positions."""
+    if not x.constant and "N" not in x.axes[dim].kinds:
+        x = side_by_side(ctx, ctx.sure(x), dim)
     (x, index), at, timing = matched(ctx, [x, index], dim)
     return ctx.call(torch.gather, (x, at, index), index.axes, timing.plain(), x.dtype)
 

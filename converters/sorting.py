@@ -1,12 +1,13 @@
 """Operators that order the values of a dimension, or say where one stands: inside a frame they are what they are.
 
-Over time they would give places in the clip, and a stream has no such places; values alone are those of a window.
+Over time they order a window of all positions: where the clip ends, a place in the window is that place in the clip.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -42,10 +43,13 @@ def shaped(ctx: Context, x: Value, dim: int, size: int, keepdim: bool = True) ->
 
 @converter(aten.argmax.default, aten.argmin.default)
 def arg(ctx: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    largest = ctx.node.target is aten.argmax.default
+    if dim is not None:
+        x, _ = lasting(ctx, x, dim, f"the place of the {'largest' if largest else 'smallest'}", lowest(largest), True)
     at = inside(ctx, x, dim)
     assert dim is not None
     x = ctx.settled(x)
-    target = torch.argmax if ctx.node.target is aten.argmax.default else torch.argmin
+    target = torch.argmax if largest else torch.argmin
     return ctx.call(target, (x, at, keepdim), shaped(ctx, x, dim, 1, keepdim), x.clock.plain(), torch.int64)
 
 
@@ -60,9 +64,9 @@ def sort(
 ) -> tuple[Value, Value]:
     given: list[Any] = [*args, *(dim, descending)[len(args) :]]
     dim, descending = given
-    x, _ = lasting(ctx, x, dim, "the values in order", float("-inf") if descending else float("inf"))
+    x, there = lasting(ctx, x, dim, "the values in order", lowest(descending), "argsort" in str(ctx.node.target))
     at = inside(ctx, x, dim)
-    return pair(ctx, x, torch.sort, (at, descending), x.axes)
+    return pair(ctx, x, torch.sort, (at, descending), x.axes, there, x.shape[dim])
 
 
 @converter(aten.topk.default)
@@ -70,20 +74,31 @@ def topk(
     ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
 ) -> tuple[Value, Value]:
     what = f"the {k} {'largest' if largest else 'smallest'}"
-    x, _ = lasting(ctx, x, dim, what, float("-inf") if largest else float("inf"))
+    x, there = lasting(ctx, x, dim, what, lowest(largest))
     at = inside(ctx, x, dim)
-    return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k))
+    return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k), there, x.shape[dim])
 
 
-def lasting(ctx: Context, x: Value, dim: int, what: str, fill: float) -> tuple[Value, fx.Node | None]:
-    """Over time, where nobody asks for places: the window of all positions as a dimension of the frame.
+def lowest(largest: bool) -> float:
+    """What no search for the largest, or the smallest, finds."""
+    return float("-inf") if largest else float("inf")
+
+
+def lasting(
+    ctx: Context, x: Value, dim: int, what: str, fill: float, places: bool = False
+) -> tuple[Value, fx.Node | None]:
+    """Over time, the window of all positions as a dimension of the frame.
 
     ``fill`` stands for positions that do not exist yet. The second result is how many do, None where nothing was done.
+    ``places``: somebody asks where they are, which is so where the window is full.
     """
     dim %= len(x.axes)
-    if not x.axes[dim].is_time or asked(ctx.node, 1):
+    if not x.axes[dim].is_time:
         return x, None
-    x = window(ctx, ctx.sure(x), what)
+    places = places or asked(ctx.node, 1)
+    if places:
+        ctx.grain = lcm(ctx.grain, ctx.frames)
+    x = window(ctx, ctx.sure(x), what, placed=places)
     there = None
     if x.axes.window is not None:
         there = count(ctx, windows(x.axes)[0])
@@ -93,8 +108,9 @@ def lasting(ctx: Context, x: Value, dim: int, what: str, fill: float) -> tuple[V
 
 @converter(aten.kthvalue.default)
 def kthvalue(ctx: Context, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
+    x, there = lasting(ctx, x, dim, f"number {k} in order", float("inf"))
     at = inside(ctx, x, dim)
-    return pair(ctx, x, smallest, (k, at, keepdim), shaped(ctx, x, dim, 1, keepdim))
+    return pair(ctx, x, smallest, (k, at, keepdim), shaped(ctx, x, dim, 1, keepdim), there, x.shape[dim])
 
 
 @converter(aten.median.dim)
@@ -153,18 +169,29 @@ def asked(node: fx.Node, index: int) -> bool:
     return any(user.target is operator.getitem and user.args[1] == index and user.users for user in node.users)
 
 
-def pair(ctx: Context, x: Value, target: Any, args: tuple[Any, ...], axes: Axes) -> tuple[Value, Value]:
-    """An operator that gives values and their places."""
+def pair(
+    ctx: Context, x: Value, target: Any, args: tuple[Any, ...], axes: Axes, there: fx.Node | None = None, size: int = 0
+) -> tuple[Value, Value]:
+    """An operator that gives values and their places; ``there``: how many of ``size`` entries of a window are positions."""
     x = ctx.settled(x)
     both = ctx.call(target, (x, *args), axes, x.clock.plain(), x.dtype)
     values, places = (ctx.graph.call_function(operator.getitem, (both.node, index)) for index in range(2))
+    if there is not None:
+        places = ctx.graph.call_function(known, (places, there, size))
     return Value(values, axes, both.timing, x.dtype), Value(places, axes, both.timing, torch.int64)
+
+
+def known(places: Tensor, count: Tensor, size: int) -> Tensor:
+    """Places in a window, the oldest of the last ``count`` in place of those that are no positions yet."""
+    first = (size - count.long()).clamp(max=size - 1)
+    return torch.maximum(places, first.reshape(-1, *[1] * (places.dim() - 1)))
 
 
 def place(ctx: Context, x: Value, dim: int, keepdim: bool, target: Any) -> Value | None:
     """Where a maximum or minimum stands, for the operators that give both; None where nobody asks."""
     if not asked(ctx.node, 1):
         return None
+    x, _ = lasting(ctx, x, dim, "its place", lowest(target is torch.argmax))
     at = inside(ctx, x, dim)
     x = ctx.settled(x)
     return ctx.call(target, (x, at, keepdim), shaped(ctx, x, dim, 1, keepdim), x.clock.plain(), torch.int64)

@@ -220,7 +220,6 @@ OVER_TIME: dict[str, tuple[str, Function]] = {
     "gather for one frame": ("aten.gather", lambda y, x: y.gather(1, x[:, :, :1].argmax(1, keepdim=True))),
     "scatter": ("aten.scatter", lambda y, x: y.scatter(2, x.argmax(1, keepdim=True), 1.0)),
     "diagonal": ("aten.diagonal", lambda y, x: torch.diagonal(y, 0, 2, 3)),
-    "median": ("aten.median", lambda y, x: y.median(2)[1]),
     "mode": ("aten.mode", lambda y, x: y.mode(2)[0]),
     "bilinear": ("aten.bilinear", lambda y, x: F.bilinear(y.flatten(2), x.flatten(2), torch.ones(2, y[0, 0].numel(), y[0, 0].numel()))),
     "unfold of a clip as a picture": ("aten.im2col", lambda y, x: F.unfold(y.flatten(3), 3)),

@@ -1,4 +1,4 @@
-"""Sorting, ranking and places: exact inside a frame, refused over time."""
+"""Sorting, ranking and places: inside a frame, and over time in a window of all positions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import law, offline
+from laws import close, law, offline, streamed
 from torch import Tensor, nn
 
 import dissect
@@ -37,13 +37,35 @@ INSIDE: dict[str, Callable[[Tensor], Any]] = {
     "min and its place, last dimension": lambda x: x.min(-1),
 }
 
+
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """Frames of ``(N, T, C)`` by their places ``(N, k)``."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def magnitudes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RTFM: the features and the scores of the frames whose features are the largest."""
+    x = x.mean((3, 4)).transpose(1, 2)
+    scores, index = x.sum(2, keepdim=True).sigmoid(), x.norm(p=2, dim=2).topk(3, dim=1)[1]
+    return scores.gather(1, index.unsqueeze(2)).mean(1), picked(x, index), scores
+
+
+def frames(x: Tensor) -> Tensor:
+    return x.mean((3, 4)).transpose(1, 2)
+
+
 OVER_TIME: dict[str, Callable[[Tensor], Any]] = {
-    "aten.argmax": lambda x: x.argmax(2),
-    "aten.topk": lambda x: x.topk(2, 2)[1],
-    "aten.sort": lambda x: x.sort(2)[1],
-    "aten.median": lambda x: x.median(2)[1],
-    "aten.max": lambda x: x.max(2)[1],
-    "aten.argmin": lambda x: x.argmin(),
+    "argmax": lambda x: x.argmax(2),
+    "argmin of the frames": lambda x: frames(x).sum(2).argmin(1, keepdim=True),
+    "topk": lambda x: x.topk(2, 2),
+    "the smallest": lambda x: x.topk(3, 2, largest=False),
+    "sort": lambda x: x.sort(2, descending=True),
+    "argsort": lambda x: picked(frames(x), frames(x).sum(2).argsort(1)[:, :2]).sum(1),
+    "median": lambda x: x.median(2),
+    "max": lambda x: x.max(2),
+    "number two": lambda x: x.kthvalue(2, 2),
+    "the best frame": lambda x: picked(frames(x), frames(x).sum(2, keepdim=True).max(1)[1]).squeeze(1),
+    "magnitudes": magnitudes,
 }
 
 
@@ -59,13 +81,26 @@ def test_inside_a_frame(name: str, preset: str) -> None:
         assert offline(stream, network, clip, (7, 6, 5)) == 3
 
 
+@pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
 @pytest.mark.parametrize("name", OVER_TIME)
-def test_over_time_is_refused(name: str) -> None:
-    network = Ordered(OVER_TIME[name]).eval()
+def test_places_over_time(name: str, preset: str) -> None:
+    """Where the clip ends, a place in the window is that place in the clip; before, it is the same in every runtime."""
+    torch.manual_seed(0)
+    network = Ordered(OVER_TIME[name]).double().eval()
+    clip = torch.randn(1, 2, 7, 2, 3, dtype=torch.float64)
+    stream = dissect.convert(network, clip, preset=preset)
+    dissect.verify(stream, network, runtime=name in ("topk", "number two", "magnitudes")).check()
+    if preset == "exact":
+        assert stream.plan.exact
+        other = torch.randn(clip.shape, dtype=torch.float64)
+        close(streamed(stream, other, frames=7), network(other))
+
+
+def test_an_order_of_everything_is_refused() -> None:
     with pytest.raises(dissect.NotStreamable) as refused:
-        dissect.convert(network, torch.randn(1, 2, 7, 2, 3), preset="exact")
+        dissect.convert(Ordered(lambda x: x.argmin()).eval(), torch.randn(1, 2, 7, 2, 3), preset="exact")
     (refusal,) = refused.value.refusals
-    assert refusal.op.startswith(name)
+    assert refusal.op.startswith("aten.argmin")
     assert "order" in refusal.reason
     assert refusal.fix
     assert refusal.source.startswith("test_converters_sorting.py")
@@ -74,7 +109,7 @@ def test_over_time_is_refused(name: str) -> None:
 @pytest.mark.parametrize("preset", ["exact", "causal", "d3d"])
 @pytest.mark.parametrize("largest", [True, False])
 def test_the_largest_of_a_window(largest: bool, preset: str) -> None:
-    """Their places are refused, the values are those of the last positions."""
+    """The values alone are those of the last positions, of shorter clips, too."""
     torch.manual_seed(0)
     network = Ordered(lambda x: x.topk(2, 2, largest)[0].mean(2)).double().eval()
     clip = torch.randn(2, 2, 7, 2, 3, dtype=torch.float64)
