@@ -113,7 +113,7 @@ class _Edges(fx.Interpreter):
         if packet in _POOLS:
             x, kernel, *rest = args
             kernel, at = _spread(kernel, _POOLS[packet]), value.time - len(value.shape)
-            if kernel[at] == value.shape[value.time]:  # over the whole clip: over all positions there are
+            if kernel[at] == value.shape[value.time] > 1:  # over the whole clip: over all positions there are
                 x = self.newest(x, value)
                 kernel[at] = min(kernel[at], x.shape[value.time])
             return self.pool(n.target, _POOLS[packet], value.time, x, kernel, *rest, **kwargs)

@@ -112,3 +112,16 @@ def test_the_oracle_does_not_change_the_network(kind: type) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     run(kind, model, CLIP)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool3d((1, 2, 2), (3, 1, 1)), nn.AvgPool3d((1, 2, 2), (3, 1, 1))], ids=["max", "mean"]
+)
+def test_a_pool_of_single_positions_is_none_of_the_whole_clip(pool: nn.Module) -> None:
+    """Even where the clip leaves one position, and moved edges two: its stride counts from the first of them."""
+    model = scrambled(nn.Sequential(nn.Conv3d(3, 4, (11, 1, 1), (12, 1, 1)), pool, nn.AdaptiveMaxPool3d(1)), 0)
+    clip = torch.rand(1, 3, 14, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stream = dissect.convert(model, clip, preset="causal")
+    report = dissect.verify(stream, model, runtime=False).check()
+    (row,) = [row for row in report.rows if "shifted" in row.pair]
+    assert row.error is not None

@@ -103,7 +103,7 @@ def finite(drawn: Drawn) -> bool:
 
 
 @PRESETS
-@settings(max_examples=30, phases=(Phase.generate, Phase.shrink), **LIMITS)
+@settings(max_examples=20, phases=(Phase.generate, Phase.shrink), **LIMITS)
 @given(drawn=networks())
 def test_promises(preset: str, drawn: Drawn) -> None:
     keeps_its_promises(drawn, preset)
