@@ -262,6 +262,7 @@ def test_a_layout_names_factors_in_order() -> None:
         ("b b t h w", (2, 3, 8, 5, 5), "twice"),
         ("b c ... h w", (2, 3, 8, 5, 5), "not understood"),
         (("b c t h w", None), (2, 3, 8, 5, 5), "2 layouts"),
+        ("b n c h w", (2, 4, 3, 5, 5), "names no time: call its dimension t"),
     ],
 )
 def test_layouts_that_do_not_fit(layout: Any, shape: tuple[int, ...], message: str) -> None:
