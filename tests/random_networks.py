@@ -168,7 +168,8 @@ class Frames(nn.Module):
 
 class Head(nn.Module):
     """How a network ends: ``scores`` (global pool and linear), ``frames`` (scores a position), ``flat`` (a linear layer over
-    everything), ``last`` (scores of the last position), ``map`` (the features), ``several`` (a dictionary)."""
+    everything), ``last`` (scores of the last position), ``map`` (the features), ``several`` (a dictionary), ``levels`` (the
+    largest of a pyramid over time), ``best`` (scores of the position whose features are the largest)."""
 
     def __init__(self, kind: str, pool: str, size: Size) -> None:
         super().__init__()
@@ -186,6 +187,13 @@ class Head(nn.Module):
             return self.fc(x.mean((3, 4)).transpose(1, 2))
         if self.kind == "last":
             return self.fc(x[:, :, -1].amax((2, 3)))
+        if self.kind == "levels":
+            x = x.mean((3, 4))
+            return self.fc(torch.cat([x, F.avg_pool1d(x, 2, ceil_mode=True) * 1.5], 2).amax(2))
+        if self.kind == "best":
+            x = x.mean((3, 4))
+            place = x.norm(dim=1, keepdim=True).argmax(2, keepdim=True)
+            return self.fc(x.gather(2, place.expand(-1, x.shape[1], -1)).squeeze(2))
         if self.pool == "adaptive":
             pooled = F.adaptive_avg_pool3d(x, 1).flatten(1)
         elif self.pool == "adaptive max":
@@ -475,11 +483,11 @@ def networks(draw: Draw, layers: int = 5) -> Drawn:
     frames, side = integers(draw, 3, 20), integers(draw, 4, 7)
     start = Size(integers(draw, 1, 3), frames, side, side)
     trunk, size = stack(draw, start, 2, integers(draw, 1, layers))
-    kind = one(draw, "scores", "scores", "frames", "flat", "last", "map", "several")
+    kind = one(draw, "scores", "scores", "frames", "flat", "last", "map", "several", "levels", "best")
     head = Head(kind, one(draw, "mean", "adaptive", "adaptive max", "window", "sum", "max"), size)
     network = scrambled(nn.Sequential(trunk, head), integers(draw, 0, 1 << 16))
     generator = torch.Generator().manual_seed(frames)
     clip = torch.randn(2, start.channels, frames, side, side, generator=generator, dtype=torch.float64)
-    bound = any(isinstance(module, nn.AdaptiveAvgPool3d) for module in network.modules())
+    bound = kind in ("levels", "best") or any(isinstance(module, nn.AdaptiveAvgPool3d) for module in network.modules())
     lengths = (frames,) if bound else tuple(range(frames, 0, -1))
     return Drawn(network, clip, lengths)
