@@ -76,7 +76,7 @@ def test_time_is_followed(name: str, preset: str) -> None:
 
 #: what has no streaming form: the words that its refusal must have
 HOPELESS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "the order of the frames": (lambda x: x.sort(2).indices, "sort"),
+    "the order of the rows": (lambda x: x.sort(0).indices, "sort"),
     "a Fourier transform over time": (lambda x: torch.fft.fft(x, dim=2).abs(), "fft"),
     "frames that fit the clip alone": (lambda x: x.transpose(1, 2).reshape(-1, 2, 16, 4, 6), "time axis"),
     "a mean over the batch": (lambda x: x - x.mean(0, keepdim=True), "batch"),
@@ -100,7 +100,7 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gru = nn.GRU(2, 3, batch_first=True, bidirectional=True)
-        self.inner = nn.Sequential(Lambda(lambda x: x.sort(2).indices))
+        self.inner = nn.Sequential(Lambda(lambda x: x.flip(2)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.inner(x), self.gru(x.mean((3, 4)).transpose(1, 2))[0]
