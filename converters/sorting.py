@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
+from dissect.primitives import outermost
 from dissect.registry import converter
 from dissect.windows import count, masked, picked, window, windows
 
@@ -45,7 +46,7 @@ def shaped(ctx: Context, x: Value, dim: int, size: int, keepdim: bool = True) ->
 def arg(ctx: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
     largest = ctx.node.target is aten.argmax.default
     if dim is not None:
-        x, _ = lasting(ctx, x, dim, f"the place of the {'largest' if largest else 'smallest'}", lowest(largest), True)
+        x, _ = lasting(ctx, x, dim, f"the place of the {'largest' if largest else 'smallest'}", largest, True)
     at = inside(ctx, x, dim)
     assert dim is not None
     x = ctx.settled(x)
@@ -64,7 +65,7 @@ def sort(
 ) -> tuple[Value, Value]:
     given: list[Any] = [*args, *(dim, descending)[len(args) :]]
     dim, descending = given
-    x, there = lasting(ctx, x, dim, "the values in order", lowest(descending), "argsort" in str(ctx.node.target))
+    x, there = lasting(ctx, x, dim, "the values in order", descending, "argsort" in str(ctx.node.target))
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.sort, (at, descending), x.axes, there, x.shape[dim])
 
@@ -74,48 +75,52 @@ def topk(
     ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
 ) -> tuple[Value, Value]:
     what = f"the {k} {'largest' if largest else 'smallest'}"
-    x, there = lasting(ctx, x, dim, what, lowest(largest))
+    x, there = lasting(ctx, x, dim, what, largest)
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k), there, x.shape[dim])
 
 
-def lowest(largest: bool) -> float:
-    """What no search for the largest, or the smallest, finds."""
-    return float("-inf") if largest else float("inf")
-
-
 def lasting(
-    ctx: Context, x: Value, dim: int, what: str, fill: float, places: bool = False
+    ctx: Context, x: Value, dim: int, what: str, low: bool, places: bool = False
 ) -> tuple[Value, fx.Node | None]:
-    """Over time, the window of all positions as a dimension of the frame.
+    """Over time, the window of all positions as a dimension of the frame; of tokens, of all of them.
 
-    ``fill`` stands for positions that do not exist yet. The second result is how many do, None where nothing was done.
+    Entries that do not exist yet are the lowest numbers (``low``), or the highest. The second result is how many do, None
+    where nothing was done.
     ``places``: somebody asks where they are, which is so where the window is full.
     """
     dim %= len(x.axes)
-    if not x.axes[dim].is_time:
+    axis = x.axes[dim]
+    if "T" not in axis.kinds or "N" in axis.kinds:
         return x, None
     places = places or asked(ctx.node, 1)
+    if places and not axis.kinds.startswith("T"):
+        raise Refused(
+            "places among entries that stand in front of time", "bring time to the front: x.transpose(1, 2).flatten(1)"
+        )
     if places:
         ctx.grain = lcm(ctx.grain, ctx.frames)
     x = window(ctx, ctx.sure(x), what, placed=places)
     there = None
     if x.axes.window is not None:
-        there = count(ctx, windows(x.axes)[0])
-        x = masked(ctx, x, fill)
+        (held,) = windows(x.axes)
+        there = count(ctx, held)
+        if x.shape[dim] > held.size:
+            there = ctx.graph.call_function(operator.mul, (there, x.shape[dim] // held.size))
+        x = masked(ctx, x, outermost(x.dtype, low))
     return replace(x, axes=x.axes.replace(dim, plain_axis(x.shape[dim]))), there
 
 
 @converter(aten.kthvalue.default)
 def kthvalue(ctx: Context, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
-    x, there = lasting(ctx, x, dim, f"number {k} in order", float("inf"))
+    x, there = lasting(ctx, x, dim, f"number {k} in order", False)
     at = inside(ctx, x, dim)
     return pair(ctx, x, smallest, (k, at, keepdim), shaped(ctx, x, dim, 1, keepdim), there, x.shape[dim])
 
 
 @converter(aten.median.dim)
 def median(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
-    x, there = lasting(ctx, x, dim, "the value in the middle", float("inf"))
+    x, there = lasting(ctx, x, dim, "the value in the middle", False)
     at = inside(ctx, x, dim)
     axes = shaped(ctx, x, dim, 1, keepdim)
     if there is not None:
@@ -172,7 +177,7 @@ def asked(node: fx.Node, index: int) -> bool:
 def pair(
     ctx: Context, x: Value, target: Any, args: tuple[Any, ...], axes: Axes, there: fx.Node | None = None, size: int = 0
 ) -> tuple[Value, Value]:
-    """An operator that gives values and their places; ``there``: how many of ``size`` entries of a window are positions."""
+    """An operator that gives values and their places; ``there``: how many of ``size`` entries there are yet, the last ones."""
     x = ctx.settled(x)
     both = ctx.call(target, (x, *args), axes, x.clock.plain(), x.dtype)
     values, places = (ctx.graph.call_function(operator.getitem, (both.node, index)) for index in range(2))
@@ -182,7 +187,7 @@ def pair(
 
 
 def known(places: Tensor, count: Tensor, size: int) -> Tensor:
-    """Places in a window, the oldest of the last ``count`` in place of those that are no positions yet."""
+    """Places in a window, the oldest of the last ``count`` in place of those that do not exist yet."""
     first = (size - count.long()).clamp(max=size - 1)
     return torch.maximum(places, first.reshape(-1, *[1] * (places.dim() - 1)))
 
@@ -191,7 +196,7 @@ def place(ctx: Context, x: Value, dim: int, keepdim: bool, target: Any) -> Value
     """Where a maximum or minimum stands, for the operators that give both; None where nobody asks."""
     if not asked(ctx.node, 1):
         return None
-    x, _ = lasting(ctx, x, dim, "its place", lowest(target is torch.argmax))
+    x, _ = lasting(ctx, x, dim, "its place", target is torch.argmax)
     at = inside(ctx, x, dim)
     x = ctx.settled(x)
     return ctx.call(target, (x, at, keepdim), shaped(ctx, x, dim, 1, keepdim), x.clock.plain(), torch.int64)

@@ -332,6 +332,14 @@ class Gate(Primitive):
         return f"fill={self.fill}" + (", wild" if self.wild else "")
 
 
+def outermost(dtype: torch.dtype, low: bool) -> float:
+    """The lowest number, or the highest, that there is: minus infinity, or the first of the whole numbers."""
+    if dtype.is_floating_point:
+        return float("-inf") if low else float("inf")
+    limits = torch.iinfo(dtype)
+    return limits.min if low else limits.max
+
+
 class WindowReduce(Primitive):
     """Maximum, minimum, sum or mean over the values of the given ages.
 
@@ -356,7 +364,7 @@ class WindowReduce(Primitive):
     ) -> Tensor:
         values = [tap(known, age, frames) for age in self.ages]
         if self.kind in ("max", "min"):
-            bound = float("-inf") if self.kind == "max" else float("inf")
+            bound = outermost(values[0].dtype, low=self.kind == "max")
             join = torch.maximum if self.kind == "max" else torch.minimum
             if masks:
                 out = torch.full((), bound, dtype=values[0].dtype, device=values[0].device)

@@ -54,6 +54,10 @@ def frames(x: Tensor) -> Tensor:
     return x.mean((3, 4)).transpose(1, 2)
 
 
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
 OVER_TIME: dict[str, Callable[[Tensor], Any]] = {
     "argmax": lambda x: x.argmax(2),
     "argmin of the frames": lambda x: frames(x).sum(2).argmin(1, keepdim=True),
@@ -66,6 +70,9 @@ OVER_TIME: dict[str, Callable[[Tensor], Any]] = {
     "number two": lambda x: x.kthvalue(2, 2),
     "the best frame": lambda x: picked(frames(x), frames(x).sum(2, keepdim=True).max(1)[1]).squeeze(1),
     "magnitudes": magnitudes,
+    "the best tokens": lambda x: picked(tokens(x), tokens(x).norm(dim=2).topk(5, 1)[1]).mean(1),
+    "values of tokens": lambda x: (tokens(x).topk(5, 1)[0], tokens(x).median(1)[0]),
+    "whole numbers": lambda x: ((100 * x).round().int().max(2), (100 * x).round().int().amin(2)),
 }
 
 
@@ -96,12 +103,20 @@ def test_places_over_time(name: str, preset: str) -> None:
         close(streamed(stream, other, frames=7), network(other))
 
 
-def test_an_order_of_everything_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("order", "op", "reason"),
+    [
+        (lambda x: x.argmin(), "aten.argmin", "an order of all elements mixes the rows"),
+        (lambda x: frames(x).transpose(1, 2).flatten(1).topk(3, 1), "aten.topk", "entries that stand in front of time"),
+    ],
+    ids=["of everything", "of features before frames"],
+)
+def test_what_has_no_place_is_refused(order: Callable[[Tensor], Any], op: str, reason: str) -> None:
     with pytest.raises(dissect.NotStreamable) as refused:
-        dissect.convert(Ordered(lambda x: x.argmin()).eval(), torch.randn(1, 2, 7, 2, 3), preset="exact")
+        dissect.convert(Ordered(order).eval(), torch.randn(1, 2, 7, 2, 3), preset="exact")
     (refusal,) = refused.value.refusals
-    assert refusal.op.startswith("aten.argmin")
-    assert "order" in refusal.reason
+    assert refusal.op.startswith(op)
+    assert reason in refusal.reason
     assert refusal.fix
     assert refusal.source.startswith("test_converters_sorting.py")
 
