@@ -36,7 +36,7 @@ from dissect.origins import source_of
 from dissect.precision import unify
 from dissect.quiet import quiet
 from dissect.rowcount import counted_alike, counts_rows
-from dissect.shims import dataclasses_known, legacy, masks_as_given
+from dissect.shims import dataclasses_known, full_precision, legacy, masks_as_given
 from dissect.simplifying import simplified
 
 __all__ = ["Captured", "capture", "capturing", "copied", "dropout"]
@@ -183,8 +183,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProg
     token = _CAPTURING.set(True)
     try:  # an export that fails is explained once, not in torch's log
         shims = legacy() if shim else nullcontext()
-        with quiet(), torch.no_grad(), masks_as_given(), redirect_stderr(io.StringIO()), shims:
+        with (
+            quiet(),
+            torch.no_grad(),
+            masks_as_given(),
+            redirect_stderr(io.StringIO()),
+            shims,
+            full_precision() as asked,
+        ):
             program = torch.export.export(model, args, strict=False)
+        program.graph_module.meta["asked"] = asked
         _known(program.graph, type(model).__name__)
         return program
     finally:
@@ -242,6 +250,7 @@ def _results(program: ExportedProgram, values: Any) -> tuple[Any, ...]:
 
 
 def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
+    asked = program.graph_module.meta["asked"]
     program = _functional(program)
     signature = program.graph_signature
     tensors: dict[str, tuple[str, Tensor]] = {}
@@ -266,7 +275,7 @@ def _read(program: ExportedProgram, batch: int, name: str) -> Captured:
         )
     output = next(node for node in program.graph.nodes if node.op == "output")
     output.args = (_results(program, output.args[0]),)
-    narrow = unify(program.graph, inputs, tensors)
+    narrow = unify(program.graph, inputs, tensors) or min(asked, key=str, default=None)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     return Captured(
         renamed(program.graph), tensors, tuple(inputs), in_spec, out_spec, batch, dict(program.state_dict), name, narrow

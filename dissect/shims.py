@@ -12,7 +12,7 @@ from torch._subclasses import fake_tensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["dataclasses_known", "legacy", "masks_as_given"]
+__all__ = ["dataclasses_known", "full_precision", "legacy", "masks_as_given"]
 
 
 def dataclasses_known(result: Any) -> bool:
@@ -38,6 +38,28 @@ def masks_as_given() -> Iterator[None]:
         yield
     finally:
         delattr(module, name) if detect is None else setattr(module, name, detect)
+
+
+@contextmanager
+def full_precision() -> Iterator[set[torch.dtype]]:
+    """``torch.autocast`` does nothing: what it covers would be a graph of its own, whose layers have no names.
+
+    Yields the types that it was to compute in.
+    """
+    kind: Any = torch.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+    asked: set[torch.dtype] = set()
+
+    def entered(region: Any) -> Any:
+        if region._enabled:
+            asked.add(region.fast_dtype)
+        return region
+
+    kind.__enter__, kind.__exit__ = entered, lambda region, *_: None
+    try:
+        yield asked
+    finally:
+        kind.__enter__, kind.__exit__ = enter, leave
 
 
 @contextmanager

@@ -96,6 +96,13 @@ def test_a_stream_has_one_type(kind: type[Net], preset: str) -> None:
         )
 
 
+def test_layers_keep_their_names_under_autocast() -> None:
+    """And so their overrides."""
+    stream = dissect.convert(Mixed().eval(), CLIP, preset="exact", overrides={"second": {"depth": 2}})
+    assert {"first", "second"} <= {row.path for row in stream.plan}
+    assert torch.autocast("cpu", torch.bfloat16).__enter__.__qualname__.startswith("autocast")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_network_of_another_type_as_a_whole(dtype: torch.dtype) -> None:
     class Whole(Net):
