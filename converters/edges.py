@@ -37,7 +37,7 @@ def since(y: Value, left: list[Part]) -> int:
     before = len(left) * y.clock.stride
     wraps = start >= max(y.clock.delay, 0) + (positions(y.axes) or 0) * y.clock.stride - before
     if wraps and others(y, left):
-        raise Refused(*_TWO, clipwise=True)
+        raise Refused(*_TWO)
     if wraps:
         raise Refused(
             "a concatenation that puts the end of the clip in front of its beginning: the first frame would wait for the last",
@@ -85,15 +85,16 @@ def apart(main: Value, parts: Sequence[Part], size: int) -> None:
     """Refuse to leave out of a concatenation the levels of a pyramid: half as long as the main part, and at another rate;
     and what was drawn from the whole clip."""
     if any(drawn(part, main) for part in parts):
-        raise Refused(*_TWO, clipwise=True)
+        raise Refused(*_TWO)
     rates = {part.value.clock.removed * part.value.clock.stride for part in parts if not part.value.constant}
     if 2 * others(main, parts) >= size and rates != {main.clock.removed * main.clock.stride}:
-        raise Refused(*_TWO, clipwise=True)
+        raise Refused(*_TWO)
 
 
 _TWO = (
     "a concatenation along time of two tensors that both go on with the stream: one would begin where the other ends",
     "concatenate them along channels, or bring one to the positions of the other and add it",
+    True,  # clipwise
 )
 
 

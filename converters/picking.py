@@ -84,6 +84,7 @@ def entries(ctx: Context, x: Value, first: int, given: Sequence[tuple[int, Tenso
 @converter(aten.gather.default)
 def gather(ctx: Context, x: Value, dim: int, index: Value, *, sparse_grad: bool = False) -> Value:
     """Over time, from the window of all positions."""
+    dim %= len(index.axes)
     if not x.constant and "N" not in x.axes[dim].kinds:
         x = side_by_side(ctx, ctx.sure(x), dim)
     (x, index), at, timing = matched(ctx, [x, index], dim)

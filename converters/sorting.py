@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from dissect.context import Context, Refused, Value
 from dissect.ledger import Axes, plain_axis
-from dissect.primitives import outermost
 from dissect.registry import converter
 from dissect.windows import count, masked, picked, window, windows
 
@@ -46,7 +45,7 @@ def shaped(ctx: Context, x: Value, dim: int, size: int, keepdim: bool = True) ->
 def arg(ctx: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
     largest = ctx.node.target is aten.argmax.default
     if dim is not None:
-        x, _ = lasting(ctx, x, dim, f"the place of the {'largest' if largest else 'smallest'}", largest, True)
+        x, _ = lasting(ctx, x, dim, f"the place of the {'largest' if largest else 'smallest'}", largest)
     at = inside(ctx, x, dim)
     assert dim is not None
     x = ctx.settled(x)
@@ -65,7 +64,7 @@ def sort(
 ) -> tuple[Value, Value]:
     given: list[Any] = [*args, *(dim, descending)[len(args) :]]
     dim, descending = given
-    x, there = lasting(ctx, x, dim, "the values in order", descending, "argsort" in str(ctx.node.target))
+    x, there = lasting(ctx, x, dim, "the values in order", descending)
     at = inside(ctx, x, dim)
     return pair(ctx, x, torch.sort, (at, descending), x.axes, there, x.shape[dim])
 
@@ -80,20 +79,17 @@ def topk(
     return pair(ctx, x, torch.topk, (k, at, largest, ordered), shaped(ctx, x, dim, k), there, x.shape[dim])
 
 
-def lasting(
-    ctx: Context, x: Value, dim: int, what: str, low: bool, places: bool = False
-) -> tuple[Value, fx.Node | None]:
+def lasting(ctx: Context, x: Value, dim: int, what: str, low: bool) -> tuple[Value, fx.Node | None]:
     """Over time, the window of all positions as a dimension of the frame; of tokens, of all of them.
 
     Entries that do not exist yet are the lowest numbers (``low``), or the highest. The second result is how many do, None
-    where nothing was done.
-    ``places``: somebody asks where they are, which is so where the window is full.
+    where nothing was done. Where somebody asks for places, they are those of the clip where the window is full.
     """
     dim %= len(x.axes)
     axis = x.axes[dim]
     if "T" not in axis.kinds or "N" in axis.kinds:
         return x, None
-    places = places or asked(ctx.node, 1)
+    places = isinstance(ctx.node.meta["val"], Tensor) or asked(ctx.node, 1)  # the operators of one result give places
     if places and not axis.kinds.startswith("T"):
         raise Refused(
             "places among entries that stand in front of time", "bring time to the front: x.transpose(1, 2).flatten(1)"
@@ -107,7 +103,7 @@ def lasting(
         there = count(ctx, held)
         if x.shape[dim] > held.size:
             there = ctx.graph.call_function(operator.mul, (there, x.shape[dim] // held.size))
-        x = masked(ctx, x, outermost(x.dtype, low))
+        x = masked(ctx, x, float("-inf") if low else float("inf"))
     return replace(x, axes=x.axes.replace(dim, plain_axis(x.shape[dim]))), there
 
 

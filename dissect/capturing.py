@@ -108,7 +108,7 @@ def capture(
             for size in dict.fromkeys((*batches, batch)):
                 args = example if size == batch else inputs.rebatched(size)
                 try:
-                    program = _known_export(model, args, shim)
+                    program = _known_export(model, args, shim, example)
                 except Exception as error:
                     failures.setdefault(size, error)
                     continue
@@ -166,15 +166,15 @@ def whole(model: nn.Module | ExportedProgram, example: tuple[Any, ...]) -> fx.Gr
     return fx.GraphModule(root, graph)
 
 
-def _known_export(model: nn.Module, args: tuple[Any, ...], shim: bool) -> ExportedProgram:
-    """The export, once more where torch did not know a dataclass that the network returns."""
+def _known_export(model: nn.Module, args: tuple[Any, ...], shim: bool, example: tuple[Any, ...]) -> ExportedProgram:
+    """The export, once more where torch did not know a dataclass that the network returns (for ``example``)."""
     try:
         return _export(model, copied(args), shim)
     except Exception as error:
         if "not a known type" not in str(error):
             raise
         with torch.no_grad():
-            if not dataclasses_known(model(*copied(args))):
+            if not dataclasses_known(model(*copied(example))):
                 raise
     return _export(model, copied(args), shim)
 
@@ -402,9 +402,8 @@ def _explain(model: nn.Module, failure: Exception, example: tuple[Any, ...]) -> 
 
 def _packed(failure: Exception) -> bool:
     """Whether it happened to a packed sequence."""
-    for frame, _ in traceback.walk_tb(failure.__traceback__):
-        if frame.f_code.co_filename == rnn.__file__ or any(
-            isinstance(value, rnn.PackedSequence) for value in frame.f_locals.values()
-        ):
-            return True
-    return False
+    return any(
+        frame.f_code.co_filename == rnn.__file__
+        or any(isinstance(value, rnn.PackedSequence) for value in frame.f_locals.values())
+        for frame, _ in traceback.walk_tb(failure.__traceback__)
+    )

@@ -173,11 +173,11 @@ class Inputs:
             else:
                 units.append(_timed(value, dim))  # type: ignore[arg-type]
         timed = [unit for unit in units if unit is not None and unit.timed]
-        if not timed and layout is not None:
-            raise PlanError(f"layout {layout!r} names no time: call its dimension t, as in 'b c t h w'")
         if not timed:
             raise PlanError(
-                f"no input has a dimension {time_dim}: give a clip, for instance torch.randn(1, 3, 16, 112, 112), and its time_dim"
+                f"layout {layout!r} names no time: call its dimension t, as in 'b c t h w'"
+                if layout is not None
+                else f"no input has a dimension {time_dim}: give a clip, for instance torch.randn(1, 3, 16, 112, 112), and its time_dim"
             )
         batches = {unit.batch for unit in units if unit is not None and not unit.scalar}
         if len(batches) > 1:

@@ -67,17 +67,16 @@ class _Verifier:
         self.say = say
         leaf = next((leaf for leaf in stream.caches(1) if leaf.is_floating_point()), None)
         own = leaf.dtype if leaf is not None else torch.float32
-        half = 8 * torch.finfo(own).eps if own.itemsize < 4 else 0.0
         graph = stream.dissected.captured.graph
         layers = sum(node.op == "call_function" and "conv" in str(node.target) for node in graph.nodes)
         # rounding adds up from layer to layer
-        self.tolerance = 1e-9 if own == torch.float64 else max(half, 1e-4 * max(1.0, layers / 20))
+        self.tolerance = 1e-9 if own == torch.float64 else max(_rounding(own), 1e-4 * max(1.0, layers / 20))
         self.exported = 1e-3 if own == torch.float64 else self.tolerance  # of a file, whose numbers are float32
         narrow = stream.dissected.captured.narrow
         self.coarse = (
             f"the original computes a part of itself in {str(narrow).removeprefix('torch.')}" if narrow else ""
         )
-        self.rounding = max(self.tolerance, 8 * torch.finfo(narrow).eps if narrow else 0.0)  # of the original
+        self.rounding = max(self.tolerance, _rounding(narrow))  # of the original
         self.rows: list[Check] = []
         self.least: int | None = None  # rows that the original can be run on
 
@@ -464,10 +463,9 @@ class _Verifier:
         usual = self.stream.clip(*self.clip(batch, frames))  # of a still scene differences are nothing
         outs = pytree.tree_leaves(out)
         if any(row.placed for row in self.stream.plan):  # of equal frames, any may be the first, or the largest
-            alike = [isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in outs]
-            outs, ends = (
-                [None if same else leaf for leaf, same in zip(made, alike, strict=True)] for made in (outs, ends)
-            )
+            for at, leaf in enumerate(outs):
+                if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+                    outs[at] = ends[at] = None
         self.compare(pair, what, outs, ends, tolerance, note or self.coarse, usual)
 
     def causal(self, model: nn.Module | ExportedProgram) -> None:
@@ -551,9 +549,9 @@ class _Verifier:
         if runner.period > 1:
             self.drive_native(path)
             return
-        tolerance, timing = self.exported, self.stream.timing
+        timing = self.stream.timing
         held = {cache.dtype for cache in runner.caches if cache.role == "cache"}
-        tolerance, note = _narrow(held, tolerance)
+        tolerance, note = _narrow(held, self.exported)
         clocked = any(cache.spec.role == "age" for cache in self.stream.cache_list)
         live = clocked and not any(cache.role == "age" for cache in runner.caches)
         frames = timing.warmup + 3 if live else self.enough(min(max(7, self.deepest() + 3), 24))
@@ -655,6 +653,11 @@ class _Verifier:
             if output.value is not None and not output.value.constant:
                 columns.append(unstack(leaf, output.value.axes))
         return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _rounding(dtype: torch.dtype | None) -> float:
+    """What a result may be off where it is computed in half precision; 0 for wider types, and for none."""
+    return 8 * torch.finfo(dtype).eps if dtype is not None and dtype.itemsize < 4 else 0.0
 
 
 def _narrow(held: set[str], tolerance: float) -> tuple[float, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
+from math import isinf, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from dissect.asking import key_of
 from dissect.ledger import Axes, Axis, Factor, alike
-from dissect.primitives import Primitive, Query, tap
+from dissect.primitives import Primitive, Query, outermost, tap
 from dissect.registry import find_windowed, is_broadcast
 from dissect.timing import Window
 
@@ -169,7 +169,8 @@ def count(ctx: Context, factor: Factor) -> fx.Node:
 
 
 def masked(ctx: Context, value: Value, fill: float, dim: int | None = None) -> Value:
-    """``value`` with ``fill`` in the entries of its window that are no positions."""
+    """``value`` with ``fill`` in the entries of its window that are no positions; of whole numbers, none is infinite."""
+    fill = outermost(value.dtype, fill < 0) if isinf(fill) else fill
     before, size, after = kept(value.axes, dim)
     factor = next(factor for factor in windows(value.axes if dim is None else Axes((value.axes[dim],))))
     return ctx.call(

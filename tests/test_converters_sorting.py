@@ -69,6 +69,12 @@ OVER_TIME: dict[str, Callable[[Tensor], Any]] = {
     "max": lambda x: x.max(2),
     "number two": lambda x: x.kthvalue(2, 2),
     "the best frame": lambda x: picked(frames(x), frames(x).sum(2, keepdim=True).max(1)[1]).squeeze(1),
+    "the best frame, counted from the end": lambda x: (
+        x.mean((3, 4)).gather(-1, x.sum((1, 3, 4)).argmax(1)[:, None, None].expand(-1, 5, -1)).squeeze(-1)
+    ),
+    "the largest of a matrix of whole numbers": lambda x: (
+        (100 * frames(x) @ frames(x).transpose(1, 2)).round().int().amax(2)[:, -1]
+    ),
     "magnitudes": magnitudes,
     "the best tokens": lambda x: picked(tokens(x), tokens(x).norm(dim=2).topk(5, 1)[1]).mean(1),
     "values of tokens": lambda x: (tokens(x).topk(5, 1)[0], tokens(x).median(1)[0]),
